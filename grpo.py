@@ -1,0 +1,1052 @@
+"""GRPO: reinforcement learning from rewards that can be checked, without a critic.
+
+For every prompt the policy writes G completions; each is judged by how much better it scored than its siblings.
+Signal: a reward function, here whether the final answer is right. Optimizer: a clipped policy gradient with the group
+as its own baseline. Leash: KL to the starting model, in the loss. Defence against reward hacking: the reward is
+the truth itself, checked by a program, and held-out accuracy is measured by the same program on other questions.
+
+    A_i = (r_i − mean(r)) / std(r)                            over the G completions of a prompt
+    ρ_t = π(y_t) / π_old(y_t)
+    loss = mean[ −min(ρ_t·A_i, clip(ρ_t, 1−ε_low, 1+ε_high)·A_i) + β·k3_t ],   k3 = e^(−d) − 1 + d,  d = log π − log ref
+
+Papers: GRPO (DeepSeekMath, arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), RLOO (arXiv:2402.14740), GSPO
+(arXiv:2507.18071), separate clip bounds (DAPO, arXiv:2503.14476).
+
+    python grpo.py                                                                   # laptop, embedded model, 1 minute
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --learning-rate 1e-6 \
+        --max-completion-tokens 512 --batch-size 32                                  # one GPU
+    torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k --subset main …
+
+What to look at: `reward/mean` and `eval/accuracy` rise together. The loss says nothing: with one update per rollout
+every ratio is 1 and the loss near 0 while its gradient is not, so watch `optim/grad_norm`, and expect
+`policy/clip_fraction` to stay 0 unless --update-epochs or --minibatches exceed 1. `policy/sampler_gap` should be
+below 1e-5 in float32 and below 0.05 in bfloat16. When `groups/all_correct` + `groups/all_wrong` near 1 there is nothing
+left to learn from these prompts. `policy/entropy` falling to 0 early means collapse; length exploding while the
+reward stands still means that something else than answering is being rewarded.
+
+Implementation details that matter, each marked in the code and tested under its number:
+ 1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.
+ 2. Token ids and old log-probabilities are the sampler's own; nothing sampled is decoded and tokenised again.
+ 3. Logits are divided by the sampling temperature in every forward, of the policy and of the reference.
+ 4. The stop token is an action; masks come from lengths; a completion that was cut has no stop token.
+ 5. The minimum of clipped and unclipped objective bounds the gain for both signs of the advantage.
+ 6. Losses are divided by counts of the whole optimizer step, so microbatch size and processes change nothing.
+ 7. KL is estimated per token at the policy's own samples, with the gradient of common/kl.py's table; beta 0 loads no
+    reference.
+ 8. GSPO's ratio is the geometric mean over the completion, clipped once per sequence.
+ 9. The G completions of a prompt share its forward and backward.
+10. All randomness is a function of seed and step, so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import tyro
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from common.generation import Completion, Sampler
+from common.kl import kl_estimate, local_token_logprobs, token_logprobs
+from common.tokenizer import (
+    encode_text,
+    load_tokenizer,
+    pack_completions,
+    render_chat,
+    split_by_tokens,
+    stop_token_ids,
+)
+
+TINY = Path(__file__).resolve().parent / "common" / "tiny"
+
+
+@dataclass
+class Args:
+    # model and data
+    model: str = str(TINY)
+    """folder or Hub name of a causal language model"""
+    dataset: str = str(TINY / "maths_train.jsonl")
+    """file, folder or Hub name; rows hold prompt or question, and the answer that is right"""
+    subset: str | None = None
+    """configuration of a Hub data set, such as `main` of openai/gsm8k"""
+    split: str = "train"
+    """split of a Hub data set"""
+    eval_dataset: str | None = None
+    """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
+    max_prompt_tokens: int = 512
+    """rows with a longer prompt are dropped"""
+    max_completion_tokens: int = 64
+    """budget of a completion; 64 suits the embedded model, 256 and more a real one"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+    # rewards: plain functions below, summed with these weights
+    answer_weight: float = 1.0
+    """of `answer_reward`: 1 where the final answer is right"""
+    format_weight: float = 0.0
+    """of `format_reward`: 1 where there is exactly one <answer>…</answer>, at the end"""
+    length_weight: float = 0.0
+    """of `length_penalty`: from 0 to −1 as the completion uses up its budget"""
+    reward_model: str | None = None
+    """a sequence classifier with one label whose score is added, with weight 1; rows then need no answer"""
+
+    # algorithm
+    num_samples: int = 8
+    """completions per prompt (G)"""
+    temperature: float = 1.0
+    """of sampling, and of every log-probability in training"""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """baseline of the group: mean and std (GRPO), mean only (Dr. GRPO), mean of the others (RLOO)"""
+    loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    """mean over tokens then sequences (GRPO), over all tokens (DAPO), or sum over a constant length (Dr. GRPO)"""
+    ratio: Literal["token", "sequence"] = "token"
+    """importance ratio of each token, or one per completion (GSPO: take --clip-low 3e-4 --clip-high 4e-4)"""
+    clip_low: float = 0.2
+    """ratios are clipped below 1 − clip_low"""
+    clip_high: float = 0.2
+    """and above 1 + clip_high; 0.28 is DAPO's clip-higher"""
+    beta: float = 0.01
+    """weight of the KL to the starting model in the loss; 0 loads no reference"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """GRPO takes k3; as a loss k1 has no gradient in expectation and only k2 has that of KL(π‖ref)"""
+    update_epochs: int = 1
+    """passes over each rollout"""
+    minibatches: int = 1
+    """optimizer steps per pass; more than one, or more passes, make clipping matter"""
+
+    # optimisation
+    steps: int = 60
+    """rollouts; each brings update_epochs × minibatches optimizer steps"""
+    batch_size: int = 16
+    """prompts per rollout over all processes"""
+    microbatch_tokens: int = 4096
+    """tokens per forward and backward: a memory knob that does not change the result"""
+    learning_rate: float = 3e-4
+    """peak; 3e-4 suits the embedded model, 1e-6 a pretrained one"""
+    warmup_steps: int = 5
+    """rollouts of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the learning rate decays to zero after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the matrix products; auto is bfloat16 on CUDA and float32 on a CPU; weights are float32"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    seed: int = 1
+
+    # evaluation and output
+    eval_every: int = 20
+    """steps between evaluations; 0 evaluates before and after only"""
+    eval_rows: int = 192
+    """held-out questions used"""
+    eval_samples: int = 4
+    """completions sampled per question in evaluation"""
+    output_dir: str | None = None
+    """default: runs/grpo/<date>_<time>"""
+    overwrite: bool = False
+    """replace the run that --output-dir holds"""
+    resume: str | None = None
+    """continue the run in this folder with its own arguments; only its steps and logging may be changed"""
+    save_every: int = 0
+    """steps between checkpoints; 0 writes one at the end only"""
+    log_samples: int = 2
+    """completions shown per evaluation"""
+    wandb_project: str | None = None
+    """also log to Weights & Biases"""
+
+
+# ---------------------------------------------------------------------------------------------- rewards: edit here
+
+
+def answer_reward(text: str, row: dict, used: float) -> float:
+    """1 if the completion's final answer is right. `used` is the share of the token budget it took."""
+    return float(is_correct(text, row["answer"]))
+
+
+def format_reward(text: str, row: dict, used: float) -> float:
+    """1 if the completion ends with its only <answer>…</answer>."""
+    return float(text.count("<answer>") == 1 and text.rstrip().endswith("</answer>"))
+
+
+def length_penalty(text: str, row: dict, used: float) -> float:
+    """0 for an empty completion, −1 for one that takes the whole budget."""
+    return -used
+
+
+REWARDS = {"answer": answer_reward, "format": format_reward, "length": length_penalty}
+
+
+def extract_answer(text: str) -> str | None:
+    """The final answer a text states: in the last <answer> tag, the last \\boxed{}, after the last ####, or else its
+    last number. Reasoning before </think> does not count."""
+    text = text.rpartition("</think>")[2]
+    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}", r"####\s*(.+)"):
+        if found := re.findall(pattern, text, re.DOTALL if "answer" in pattern else 0):
+            return found[-1].strip()
+    numbers = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1] if numbers else None
+
+
+def is_correct(text: str, gold: str) -> bool:
+    """Whether the answer a text states equals `gold` as a number (1,234.0 = 1234), or as text where it is none."""
+
+    def normal(answer: str):
+        plain = answer.replace(",", "").replace("$", "").strip().rstrip(".").strip()
+        try:
+            return float(plain)
+        except ValueError:
+            return plain.lower()
+
+    answer, reference = extract_answer(text), extract_answer(gold) if "####" in gold else gold
+    return answer is not None and reference is not None and normal(answer) == normal(reference)
+
+
+# ---------------------------------------------------------------------------------------------- the mathematics
+
+
+def group_advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
+    """How much better each completion is than its siblings. rewards [P, G] of P prompts; returns [P, G].
+
+    grpo: (r − mean)/std with the unbiased std; dr_grpo: r − mean; rloo: r − mean of the other G − 1.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if kind == "grpo":
+        advantages = centred / (rewards.std(1, keepdim=True) + 1e-6)
+    elif kind == "rloo":
+        advantages = centred * rewards.shape[1] / (rewards.shape[1] - 1)
+    else:
+        advantages = centred
+    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return advantages.masked_fill(all_equal, 0.0)  # detail 1
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    ratio: str = "token",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate. logprobs, old_logprobs and mask [B, T], advantages [B]; returns loss and ratio [B, T]."""
+    log_ratio = (logprobs - old_logprobs) * mask
+    if ratio == "sequence":  # detail 8
+        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
+    rho = log_ratio.exp()
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(rho * advantages[:, None], clipped * advantages[:, None])  # detail 5
+    return -gain, rho
+
+
+def aggregate(
+    losses: torch.Tensor, mask: torch.Tensor, how: str, sequences: float, tokens: float, max_tokens: int
+) -> torch.Tensor:
+    """One number from token losses [B, T]; `sequences` and `tokens` count the whole optimizer step.  # detail 6
+
+    sequence: (1/N) Σ_i (1/T_i) Σ_t; token: Σ_i Σ_t / Σ_i T_i; constant: Σ_i Σ_t / (N · max_tokens).
+    """
+    if how == "sequence":
+        return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
+    return (losses * mask).sum() / (tokens if how == "token" else sequences * max_tokens)
+
+
+# ---------------------------------------------------------------------------------------------- data and scoring
+
+
+def as_messages(value, role: str) -> list[dict]:
+    """A text becomes one message of `role`; a list of messages stays what it is."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
+    """Rows as questions: prompt ids, gold answer and the row itself. Prompts that are too long are dropped and counted.
+
+    A prompt that is plain text becomes a user's message where the tokenizer has a chat template.
+    """
+    questions = []
+    for row in rows:
+        prompt = row.get("prompt", row.get("question"))
+        if tokenizer.chat_template or not isinstance(prompt, str):
+            messages = as_messages(prompt, "user")
+            ids = render_chat(tokenizer, messages, tools=row.get("tools"), generation_prompt=True).ids
+        else:
+            ids = encode_text(tokenizer, prompt)
+        if 0 < len(ids) <= max_tokens:
+            questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
+    if len(questions) < len(rows):
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} rows dropped: prompt over {max_tokens} tokens.")
+    if not questions:
+        sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
+    return questions
+
+
+def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args: Args, scorer) -> dict:
+    """Reward components of every completion, each [P, G], and their weighted sum under "total"."""
+    texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in groups]
+    components = {}
+    for name, reward in REWARDS.items():
+        if name == "answer" and args.reward_model and "answer" not in questions[0]["row"]:
+            continue
+        components[name] = torch.tensor([
+            [reward(text, q["row"], len(c.ids) / args.max_completion_tokens) for text, c in zip(row, group)]
+            for q, row, group in zip(questions, texts, groups)
+        ])  # fmt: skip
+    weights = {"answer": args.answer_weight, "format": args.format_weight, "length": args.length_weight, "model": 1.0}
+    if scorer:
+        prompts = [as_messages(q["row"].get("prompt", q["row"].get("question")), "user") for q in questions]
+        pairs = [(prompt, text) for prompt, row in zip(prompts, texts) for text in row]
+        components["model"] = scorer(pairs).view(len(questions), -1)
+    components = {name: values for name, values in components.items() if weights[name]}
+    components["total"] = sum(weights[name] * values for name, values in components.items())
+    return components
+
+
+def load_reward_model(path: str, device, trust_remote_code: bool):
+    """A function from (prompt messages, completion text) pairs to scores, by a sequence classifier with one label."""
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    config = load_config(path, trust_remote_code)
+    if getattr(config, "num_labels", 0) != 1:
+        sys.exit(f"--reward-model {path}: needs a sequence classifier with one label; it has {config.num_labels}.")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def scorer(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
+        scores = []
+        for prompt, text in pairs:
+            ids = render_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}]).ids
+            # One row at a time has no padding, so the score is the last token's whatever the pad token is.
+            scores.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, 0].float().cpu())
+        return torch.stack(scores)
+
+    return scorer
+
+
+@torch.no_grad()
+def evaluate_answers(
+    sampler, tokenizer, questions, budget: int, samples: int, temperature: float, seed: int, rank: int, world: int
+) -> tuple[dict, list[dict]]:
+    """Gold accuracy on held-out questions: mean of `samples` at the training temperature, and greedy.
+
+    Returns metrics, and a sample of every question for the log.
+    """
+    mine = questions[rank::world]
+    prompts = [q["ids"] for q in mine]
+    total = len(prompts) * (samples + 1)
+    with tqdm(total=total, desc="evaluating", leave=False, disable=None if rank == 0 else True) as bar:
+        indices = list(range(rank, len(questions), world))
+        sampled = sampler.generate(prompts, budget, samples, temperature, seed, indices, bar.update)
+        greedy = sampler.generate(prompts, budget, 1, temperature=0.0, progress=bar.update)
+    shown, right, length, cut = [], 0, 0, 0
+    for question, group in zip(mine, sampled):
+        for k, completion in enumerate(group):
+            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            correct = is_correct(text, question["gold"])
+            right += correct
+            length += len(completion.ids)
+            cut += not completion.stopped
+            if k == 0:
+                prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+                shown.append({"prompt": prompt, "completion": text, "reward": float(correct), "gold": question["gold"]})
+    greedy_right = sum(
+        is_correct(tokenizer.decode(g[0].ids, skip_special_tokens=True), q["gold"]) for q, g in zip(mine, greedy)
+    )
+    sums = [right, length, cut, sum(map(len, sampled)), greedy_right, len(mine)]
+    right, length, cut, count, greedy_right, asked = reduce_over_processes(sums, sampler.device)
+    return {
+        "eval/accuracy": right / count,
+        "eval/accuracy_greedy": greedy_right / asked,
+        "eval/completion_length": length / count,
+        "eval/truncated_fraction": cut / count,
+    }, shown
+
+
+def training_order(sizes: list[int], weights: list[float], draws: int, seed: int) -> list[tuple[int, int]]:
+    """Which row of which data set each training example is: shuffled passes over every set, mixed by `weights`.
+
+    A longer order begins with the shorter one, so that a resumed run may be given more steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.tensor(weights, dtype=torch.double).cumsum(0)
+    chosen = torch.searchsorted(bounds, torch.rand(draws, generator=generator, dtype=torch.double) * bounds[-1])
+    order, passes = [], [[] for _ in sizes]
+    epochs = [0] * len(sizes)
+    for k in chosen.clamp(max=len(sizes) - 1).tolist():
+        if not passes[k]:
+            shuffle = torch.Generator().manual_seed(seed + 1_000 * (k + 1) + 1_000_000 * epochs[k])
+            passes[k] = torch.randperm(sizes[k], generator=shuffle).tolist()
+            epochs[k] += 1
+        order.append((k, passes[k].pop()))
+    return order
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict:
+    args = resumed_args(args, "grpo")
+    check_args(args)
+    device, rank, world = start_processes(args.device)
+    stop = catch_stop_signals()
+
+    # Data, before any model is loaded.
+    columns = (("prompt", "answer"), ("question", "answer")) if not args.reward_model else (("prompt",), ("question",))
+    rows = load_rows(args.dataset, args.subset, args.split, columns)
+    if args.eval_dataset or args.dataset == Args.dataset:
+        held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
+        held_out = load_rows(held_out_source, args.subset, args.split, columns)[: args.eval_rows]
+    else:
+        held_out_source = f"rows held out of {args.dataset}"
+        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
+    if longest < 1:
+        sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
+    questions = encode_prompts(tokenizer, rows, args.dataset, longest)
+    held_out = encode_prompts(tokenizer, held_out, held_out_source, longest)
+    order = training_order([len(questions)], [1.0], args.steps * args.batch_size, args.seed)
+
+    # Models, optimizer, run folder.
+    bfloat16 = uses_bfloat16(args.dtype, device)
+    model = load_model(args.model, device, args.trust_remote_code)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    stops = stop_token_ids(tokenizer, model)
+    policy = shard(model, world, bfloat16)
+    reference = None
+    if args.beta:
+        reference = load_model(args.model, device, args.trust_remote_code).requires_grad_(False)
+        reference = shard(reference, world, bfloat16)
+    scorer = load_reward_model(args.reward_model, device, args.trust_remote_code) if args.reward_model else None
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+    shown = {"reward/mean": "reward", "eval/accuracy": "accuracy", "completions/length_mean": "length", "policy/kl": "KL"}
+    run = Run(args, "grpo", rank, shown)
+    first = load_checkpoint(run, policy, optimizer) if args.resume else 0
+    if args.resume and first >= args.steps:
+        sys.exit(f"{run.folder} has already done its {args.steps} steps; give --steps beyond that to go on.")
+
+    def evaluate(step: int) -> dict:
+        sampler.sync()
+        scores, samples = evaluate_answers(
+            sampler, tokenizer, held_out, args.max_completion_tokens, args.eval_samples, args.temperature, args.seed,
+            rank, world,
+        )  # fmt: skip
+        run.show_samples(step, samples, args.log_samples)
+        return scores
+
+    run.start(first, args.steps, run.baseline if args.resume else evaluate(0))
+    for step in range(first + 1, args.steps + 1):
+        began = time.perf_counter()
+        seed = args.seed * 1_000_003 + step  # detail 10
+        batch = [questions[i] for _, i in order[(step - 1) * args.batch_size : step * args.batch_size]]
+        positions = list(range(rank, len(batch), world))  # this process's prompts
+        mine = [batch[p] for p in positions]
+
+        # Sample.
+        sampler.sync()
+        groups = sampler.generate(
+            [q["ids"] for q in mine], args.max_completion_tokens, args.num_samples, args.temperature, seed, positions
+        )
+        sampled = time.perf_counter()
+
+        # Score, and compare within each group.
+        rewards = score(tokenizer, mine, groups, args, scorer)
+        advantages = group_advantages(rewards["total"], args.advantage).flatten().to(device)  # [B]
+        prompts = [q["ids"] for q in mine for _ in range(args.num_samples)]
+        completions = [c for group in groups for c in group]
+        old_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T], detail 2
+        lengths = torch.tensor([len(c.ids) for c in completions], device=device)
+        action_mask = torch.arange(old_logprobs.shape[1], device=device) < lengths[:, None]  # [B, T], detail 4
+
+        def token_scores(model, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            """Log-probabilities and entropies [b, T] of the completions `rows` under `model`."""
+            packed = pack_completions([prompts[i] for i in rows], [completions[i].ids for i in rows])  # detail 9
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                flat = token_logprobs(model, packed.to(device), args.temperature)  # detail 3
+            width = old_logprobs.shape[1]
+            return tuple(pad_rows(x.split(packed.lengths), width) for x in flat)
+
+        def microbatches(rows: list[int]) -> tuple[list[list[int]], int]:
+            """`rows` split by tokens, and how many forwards the busiest process needs for its own."""
+            split = split_by_tokens([completions[i].ids for i in rows], args.microbatch_tokens, [prompts[i] for i in rows])
+            parts = [[rows[j] for j in part] for part in split]
+            return parts, int(reduce_over_processes([len(parts)], device, maximum=[0])[0])
+
+        ref_logprobs = torch.zeros_like(old_logprobs)
+        if reference is not None:
+            parts, rounds = microbatches(list(range(len(completions))))
+            with torch.no_grad():
+                for part in parts + parts[:1] * (rounds - len(parts)):
+                    ref_logprobs[part] = token_scores(reference, part)[0]
+
+        # Update.
+        stats = {name: 0.0 for name in ("loss", "kl", "entropy", "clipped", "approx_kl", "gap", "tokens", "first_tokens")}
+        ratio_max, grad_norms = 0.0, []
+        rate = learning_rate_at(step, args.steps, args)
+        for epoch in range(args.update_epochs):
+            shuffle = torch.Generator().manual_seed(seed * 97 + epoch)
+            shuffled = torch.randperm(len(batch), generator=shuffle).tolist()
+            size = len(batch) // args.minibatches
+            for start in range(0, len(batch), size):
+                chosen = set(shuffled[start : start + size])
+                rows = [
+                    k * args.num_samples + g
+                    for k, p in enumerate(positions) if p in chosen
+                    for g in range(args.num_samples)
+                ]  # fmt: skip
+                parts, rounds = microbatches(rows)
+                step_tokens = reduce_over_processes([float(lengths[rows].sum())], device)[0]
+                for i in range(rounds):
+                    # A process with fewer microbatches than another repeats one with weight zero: sharded weights are
+                    # gathered by all processes together.
+                    part, weight = (parts[i], 1.0) if i < len(parts) else ((parts or [[0]])[0], 0.0)
+                    mask = action_mask[part].float()
+                    logprobs, entropy = token_scores(policy, part)
+                    losses, rho = policy_loss(
+                        logprobs, old_logprobs[part], advantages[part], mask, args.clip_low, args.clip_high, args.ratio
+                    )
+                    if reference is not None:  # detail 7
+                        losses = losses + args.beta * kl_estimate(logprobs, ref_logprobs[part], args.kl_estimator)
+                    loss = aggregate(
+                        losses, mask, args.loss_aggregation, size * args.num_samples, step_tokens,
+                        args.max_completion_tokens,
+                    )  # fmt: skip
+                    (loss * weight * world).backward()  # gradients are averaged over processes
+
+                    with torch.no_grad():
+                        mask = mask * weight
+                        log_ratio = (logprobs - old_logprobs[part]) * mask
+                        outside = (rho < 1 - args.clip_low) | (rho > 1 + args.clip_high)
+                        ratio_max = max(ratio_max, float((rho * mask).max()))
+                        stats["loss"] += float(loss) * weight
+                        stats["kl"] += float((kl_estimate(logprobs, ref_logprobs[part], "k3") * mask).sum())
+                        stats["entropy"] += float((entropy * mask).sum())
+                        stats["clipped"] += float((outside * mask).sum())
+                        stats["approx_kl"] += float(log_ratio.square().sum() / 2)
+                        stats["tokens"] += float(mask.sum())
+                        if not grad_norms:  # before the first update, policy and sampler have the same weights
+                            stats["gap"] += float(log_ratio.abs().sum())
+                            stats["first_tokens"] += float(mask.sum())
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                run.require_finite(step, reduce_over_processes([stats["loss"]], device)[0])
+                grad_norms.append(clip_gradients(policy, args.max_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save.
+        metrics = rollout_metrics(rewards, groups, args, device)
+        stats = dict(zip(stats, reduce_over_processes(list(stats.values()), device)))
+        elapsed = time.perf_counter() - began
+        metrics |= {
+            "loss/policy": stats["loss"] / len(grad_norms),
+            "policy/entropy": stats["entropy"] / stats["tokens"],
+            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=[0])[0],
+            "policy/clip_fraction": stats["clipped"] / stats["tokens"],
+            "policy/approx_kl": stats["approx_kl"] / stats["tokens"],
+            "policy/sampler_gap": stats["gap"] / stats["first_tokens"],
+            "optim/grad_norm": sum(grad_norms) / len(grad_norms),
+            "optim/learning_rate": rate,
+            "time/step": elapsed,
+            "time/sample": sampled - began,
+            "time/train": elapsed - (sampled - began),
+            "throughput/tokens_per_second": stats["tokens"] / args.update_epochs / elapsed,
+            "memory/peak_gb": peak_memory_gb(device),
+        }
+        if reference is not None:
+            metrics["policy/kl"] = stats["kl"] / stats["tokens"]
+        stopping = stop_requested(stop, device)
+        if (args.eval_every and step % args.eval_every == 0) or step == args.steps:
+            metrics |= evaluate(step)
+        run.log(step, metrics)
+        if step == args.steps or stopping or (args.save_every and step % args.save_every == 0):
+            save_checkpoint(run, step, policy, optimizer)
+        if stopping and step < args.steps:
+            run.stopped(step, stopping)
+
+    save_model(run, policy, tokenizer, stops, bfloat16)
+    return run.finish(f"python grpo.py --resume {run.folder} --steps {2 * args.steps}")
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work together, before anything is loaded."""
+    if args.num_samples < 2:
+        sys.exit("--num-samples 1: a completion is compared with its siblings, so every prompt needs at least 2.")
+    if min(args.batch_size, args.microbatch_tokens, args.minibatches, args.update_epochs, args.steps) < 1:
+        sys.exit("--batch-size, --microbatch-tokens, --minibatches, --update-epochs and --steps must be at least 1.")
+    if args.temperature <= 0:
+        sys.exit("--temperature must be above 0: greedy sampling leaves nothing to compare.")
+    if args.batch_size % args.minibatches:
+        sys.exit(f"--batch-size {args.batch_size} prompts cannot be divided into --minibatches {args.minibatches}.")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
+
+
+def rollout_metrics(rewards: dict, groups: list[list[Completion]], args: Args, device) -> dict:
+    """What a rollout tells about itself, over all processes."""
+    names = [name for name in rewards if name != "total"]
+    total = rewards["total"]
+    correct = rewards.get("answer", total)
+    completions = [c for group in groups for c in group]
+    lengths = [len(c.ids) for c in completions]
+    stopped = sum(c.stopped for c in completions)
+    sums = [len(completions), len(groups), total.sum(), total.square().sum(), sum(lengths), stopped,
+            (correct > 0).all(1).sum(), (correct <= 0).all(1).sum()] + [rewards[n].sum() for n in names]  # fmt: skip
+    sums = reduce_over_processes([float(x) for x in sums], device)
+    count, prompts = sums[:2]
+    mean = sums[2] / count
+    return {
+        "reward/mean": mean,
+        "reward/std": max(sums[3] / count - mean**2, 0.0) ** 0.5,
+        **{f"reward/{name}": value / count for name, value in zip(names, sums[8:])},
+        "groups/all_correct": sums[6] / prompts,
+        "groups/all_wrong": sums[7] / prompts,
+        "completions/length_mean": sums[4] / count,
+        "completions/length_max": reduce_over_processes([max(lengths)], device, maximum=[0])[0],
+        "completions/stopped_fraction": sums[5] / count,
+        "completions/truncated_fraction": 1 - sums[5] / count,
+    }
+
+
+def pad_rows(rows, width: int | None = None) -> torch.Tensor:
+    """Tensors of different lengths as the rows of one [B, T], filled with zeros on the right."""
+    padded = pad_sequence(list(rows), batch_first=True)
+    return padded if width is None else F.pad(padded, (0, width - padded.shape[1]))
+
+
+def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+    if len(rows) < 2:
+        sys.exit("one row is too few to hold any out for evaluation; give --eval-dataset or more rows.")
+    count = max(1, min(count, len(rows) // 10))
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(shuffled[:count])
+    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in shuffled[:count]]
+
+
+# ================================================================ plumbing: the same in every script, not the algorithm
+
+
+def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, all holding one of the sets of `columns`."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                sys.exit(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}).")
+            if row is not None and not isinstance(row, dict):
+                sys.exit(f"{source}, line {number}: expected a JSON object, found {type(row).__name__}.")
+            rows += [row] if row is not None else []
+    elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.exists():
+        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+    else:
+        from datasets import load_dataset
+
+        kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+        try:
+            if path.is_file() and path.suffix in kinds:
+                rows = load_dataset(kinds[path.suffix], data_files=source, split="train").to_list()
+            else:
+                rows = load_dataset(source, subset, split=split).to_list()
+        except Exception as error:  # datasets raises many kinds; all of them are about what the user named
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            sys.exit(f"--dataset {source}: it could not be loaded as a file, a folder or a Hub data set ({reason}).")
+    if not rows:
+        sys.exit(f"{source}: no rows in it.")
+    wanted = " or ".join(" + ".join(group) for group in columns)
+    for number, row in enumerate(rows, 1):
+        if not any(all(row.get(c) is not None for c in group) for group in columns):
+            sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+    return rows
+
+
+def start_processes(device: str) -> tuple[torch.device, int, int]:
+    """The device of this process, its rank and the number of processes (more than one under torchrun)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"--device {device}: this machine or this build of PyTorch has no CUDA; use --device cpu or auto.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen, int(os.environ.get("RANK", 0)), world
+
+
+def uses_bfloat16(dtype: str, device: torch.device) -> bool:
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+
+
+def load_config(path: str, trust_remote_code: bool):
+    """The configuration of the model at `path`, or a sentence saying why there is none."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        sys.exit(f"--model {path}: not a folder with a model, nor a Hub name that can be reached ({reason}).")
+
+
+def load_model(path: str, device, trust_remote_code: bool, from_scratch: bool = False, seed: int = 0):
+    """A causal language model in float32 without dropout, its attention decided by the layout of each batch."""
+    config = load_config(path, trust_remote_code)
+    for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
+        setattr(config, name, 0.0)
+    if from_scratch:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            sys.exit(f"--model {path}: no causal language model could be loaded from there ({reason}).")
+    if model._supports_attention_backend:
+        model.set_attn_implementation("layout")
+    return model.to(device).eval()
+
+
+def shard(model, world: int, bfloat16: bool):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+    if world == 1:
+        return model
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
+    kinds = set(model._no_split_modules or [])
+    for module in [m for m in model.modules() if type(m).__name__ in kinds]:
+        fully_shard(module, **({"mp_policy": policy} if policy else {}))
+    fully_shard(model)
+    model.sharded_token_logprobs = partial(local_token_logprobs, model)
+    register_fsdp_forward_method(model, "sharded_token_logprobs")
+    return model
+
+
+def reduce_over_processes(values: list[float], device, maximum: list[int] = ()) -> list[float]:
+    """Sum each value over all processes, or take its maximum where its index is in `maximum`."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    peaks = sums.clone()
+    dist.all_reduce(sums)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    return [float(peaks[i] if i in maximum else sums[i]) for i in range(len(values))]
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Clip the global gradient norm; returns what it was before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def learning_rate_at(step: int, steps: int, args) -> float:
+    """Linear warm-up, then constant, linear or cosine decay to zero after the last step."""
+    if step <= args.warmup_steps:
+        return args.learning_rate * step / args.warmup_steps
+    left = (steps - step + 1) / max(1, steps - args.warmup_steps)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return args.learning_rate * shape[args.lr_schedule]
+
+
+def peak_memory_gb(device) -> float:
+    """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def catch_stop_signals() -> list[int]:
+    """A list into which Ctrl-C and SIGTERM put their number; the loop looks at it after each step."""
+    caught: list[int] = []
+
+    def handle(number, frame):
+        if caught:  # a second one means now
+            sys.exit(128 + number)
+        caught.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint …", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+    return caught
+
+
+def resumed_args(args, script: str):
+    """With --resume, the arguments of that run; only its length and its logging may be given anew."""
+    if not args.resume:
+        return args
+    folder = Path(args.resume).resolve()
+    if not (folder / "args.json").is_file():
+        sys.exit(f"--resume {args.resume}: no run there (a run's folder holds an args.json).")
+    stored = json.loads((folder / "args.json").read_text())
+    if stored.pop("script") != script:
+        sys.exit(f"--resume {args.resume}: that run was made by another script than {script}.py.")
+    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project"}
+    for field in fields(args):
+        given, kept = getattr(args, field.name), stored.get(field.name, field.default)
+        kept = tuple(kept) if isinstance(kept, list) else kept
+        if given == field.default or field.name in ("resume", "output_dir"):
+            setattr(args, field.name, kept)
+        elif field.name not in free and given != kept:
+            flag = "--" + field.name.replace("_", "-")
+            sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
+    args.resume = args.output_dir = str(folder)
+    return args
+
+
+class Run:
+    """The output folder of a run, and what the terminal shows of it."""
+
+    def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
+        self.args, self.script, self.is_main, self.shown = args, script, rank == 0, shown
+        stamp = [datetime.now().strftime("%Y-%m-%d_%H%M%S_%f")[:-4]]
+        if dist.is_initialized():
+            dist.broadcast_object_list(stamp)
+        self.folder = Path(args.output_dir or f"runs/{script}/{stamp[0]}")
+        self.last, self.bar, self.printed = {}, None, 0
+        if (self.folder / "args.json").exists() and not args.resume and not args.overwrite:
+            sys.exit(
+                f"{self.folder} already holds a run. Continue it with --resume {self.folder}, replace it with "
+                "--overwrite, or choose another --output-dir."
+            )
+        if dist.is_initialized():
+            dist.barrier()
+        if not self.is_main:
+            return
+        if (self.folder / "args.json").exists() and not args.resume:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        if not args.output_dir:
+            link = self.folder.parent / "latest"
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.folder.name)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.wandb = None
+        if args.wandb_project:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args))
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows logged after `step`: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if self.is_main and path.exists():
+                rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+                path.write_text("".join(line + "\n" for line in rows))
+
+    def start(self, first: int, steps: int, baseline: dict) -> None:
+        self.baseline = baseline
+        if self.is_main:
+            self.bar = tqdm(total=steps, initial=first, desc=self.script, disable=None, leave=False)
+        if not first:
+            self.log(0, baseline)
+
+    def log(self, step: int, metrics: dict) -> None:
+        """One row in metrics.jsonl, TensorBoard and the terminal; the curves are redrawn after an evaluation."""
+        self.last |= metrics
+        if not self.is_main:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        if step:
+            self.bar.update(1)
+        has_evaluation = any(name.startswith("eval/") for name in metrics)
+        if step % 10 == 0 or has_evaluation:
+            if self.printed % 20 == 0:
+                self.bar.write("  step  " + "  ".join(f"{label:>14}" for label in self.shown.values()))
+            cells = [f"{metrics[name]:14.4g}" if name in metrics else " " * 14 for name in self.shown]
+            self.bar.write(f"{step:6d}  " + "  ".join(cells))
+            self.printed += 1
+        if has_evaluation:
+            self.writer.flush()
+            self.draw_curves()
+
+    def show_samples(self, step: int, samples: list[dict], count: int) -> None:
+        """Append an evaluation's samples to samples.jsonl and show the first `count` on the terminal."""
+        if not self.is_main:
+            return
+        with open(self.folder / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        for sample in samples[:count]:
+            text = " ⏎ ".join(sample["completion"].split("\n"))
+            tqdm.write(f"        reward {sample['reward']:.2f}  {sample['prompt']!r} → {text[:160]}")
+
+    def draw_curves(self) -> None:
+        """curves.png: one panel for each metric that the terminal shows."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        figure, axes = pyplot.subplots(1, len(self.shown), figsize=(3.6 * len(self.shown), 2.8), squeeze=False)
+        for axis, (name, label) in zip(axes[0], self.shown.items()):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), marker="o" if len(points) < 15 else None, ms=3) if points else None
+            axis.set(title=label, xlabel="step")
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(self.folder / "curves.png", dpi=110)
+        pyplot.close(figure)
+
+    def require_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            saved = newest_checkpoint(self.folder)
+            sys.exit(
+                f"The loss is {loss} at step {step}: the run has diverged and stops before the weights are harmed. "
+                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {saved or 'none written yet'}."
+            )
+
+    def stopped(self, step: int, number: int) -> None:
+        """End a run that a signal has stopped, with the command that continues it."""
+        if self.is_main:
+            self.bar.close()
+            print(f"Stopped after step {step}. Continue with: python {self.script}.py --resume {self.folder}")
+        sys.exit(128 + number)
+
+    def finish(self, next_command: str) -> dict:
+        """The closing summary: before → after, where the model lies, what to run next. Returns the last metrics."""
+        if self.is_main:
+            self.bar.close()
+            self.writer.close()
+            for name, before in self.baseline.items():
+                print(f"  {name:26} {before:8.3f} → {self.last[name]:.3f}")
+            print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}\n  next: {next_command}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return self.last
+
+
+def stop_requested(caught: list[int], device) -> int:
+    """The number of the signal that any process has caught, or 0."""
+    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=[0])[0])
+
+
+def fingerprint(model) -> str:
+    """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
+    shapes = repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
+    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
+    """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
+
+    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    """
+    final = run.folder / "checkpoints" / f"step-{step:06d}"
+    if final.exists():
+        return
+    temporary = final.with_name(f".writing-{final.name}")
+    try:
+        if run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a single process is told that it is one
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+        if run.is_main:
+            about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
+            (temporary / "state.json").write_text(json.dumps(about))
+            temporary.rename(final)
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = newest_checkpoint(run.folder)
+        sys.exit(f"The checkpoint of step {step} could not be written ({error}). Kept: {kept or 'none before it'}.")
+
+
+def load_checkpoint(run: Run, model, optimizer) -> int:
+    """Restore the newest checkpoint of a run; returns its step."""
+    newest = newest_checkpoint(run.folder)
+    if newest is None:
+        sys.exit(f"--resume {run.folder}: the run ended before its first checkpoint; start it again with --overwrite.")
+    about = json.loads((newest / "state.json").read_text())
+    if about["model"] != fingerprint(model):
+        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than {run.args.model}.")
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    run.baseline, run.last = about["baseline"], about["last"]
+    run.rewind(about["step"])
+    return about["step"]
+
+
+def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
+    """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if not run.is_main:
+        return
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    model.generation_config.eos_token_id = stops
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.dtype = dtype
+    model.save_pretrained(run.folder / "model", state_dict={k: v.to(dtype) for k, v in state.items()})
+    tokenizer.save_pretrained(run.folder / "model")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

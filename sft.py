@@ -1,0 +1,909 @@
+"""Supervised fine-tuning: imitate demonstrations, the first stage of post-training.
+
+A demonstration is a conversation; the model learns to produce what the assistant wrote in it, token by token, the
+token that ends the turn included. Signal: what people (or a better model) wrote. Optimizer: likelihood. Leash: none
+but a small learning rate and few epochs. Defence against hacking: there is no reward to hack, only data to copy.
+
+    loss = − Σ_t m_t · log π(y_t | y_<t)  /  Σ_t m_t        m_t = 1 on the assistant's tokens, else 0
+
+with both sums over the whole optimizer step, all microbatches and processes.
+Papers: FLAN (arXiv:2109.01652, mixing), InstructGPT (arXiv:2203.02155), NEFTune (arXiv:2310.05914).
+
+    python sft.py                                                                    # laptop, embedded model, 1 minute
+    python sft.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --subset main     # one GPU
+    torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen2.5-7B --dataset DATA        # many GPUs
+
+What to look at: `loss/train` falls fast, then slowly; `eval/loss` follows until the demonstrations are learned by heart,
+then turns up: stop there, or take fewer epochs. `eval/accuracy` is what the samples are worth and can keep rising
+when the loss no longer falls. A `loss/train` near 0 on fresh data means that the mask is wrong.
+
+Implementation details that matter, each marked in the code and tested under its number:
+ 1. The mask comes from the rendered conversation's spans, not from re-tokenised pieces or pad ids.
+ 2. The end-of-turn token is trained, so the model learns to stop.
+ 3. Documents are packed without padding: positions restart, attention does not cross, first tokens are no targets.
+ 4. The loss is divided by the scored tokens of the whole step, so microbatch size and processes change nothing.
+ 5. Several data sets are mixed in proportion to their size, which counts up to a cap (FLAN).
+ 6. NEFTune's noise scales with the document's own length, not with the packed row's or a padded one.
+ 7. All randomness is a function of seed and step, so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.generation import Sampler
+from common.kl import local_token_logprobs, token_logprobs
+from common.tokenizer import (
+    Segment,
+    encode_text,
+    load_tokenizer,
+    pack,
+    render_chat,
+    split_by_tokens,
+    stop_token_ids,
+)
+
+TINY = Path(__file__).resolve().parent / "common" / "tiny"
+
+
+@dataclass
+class Args:
+    # model and data
+    model: str = str(TINY)
+    """folder or Hub name of a causal language model"""
+    dataset: tuple[str, ...] = (str(TINY / "demonstrations_train.jsonl"),)
+    """files, folders or Hub names; rows hold messages, prompt + completion, question + answer, or text"""
+    subset: str | None = None
+    """configuration of a Hub data set, such as `main` of openai/gsm8k"""
+    split: str = "train"
+    """split of a Hub data set"""
+    eval_dataset: str | None = None
+    """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
+    max_prompt_tokens: int = 1024
+    """rows with more tokens than this before the assistant's first are dropped"""
+    max_completion_tokens: int = 1024
+    """tokens from there on; rows are cut after them, and evaluation samples at most as many"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+    # algorithm
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """which tokens are trained: every assistant turn, the last one only, or every token"""
+    packing: bool = True
+    """lay documents end to end without padding; without it they are padded (same loss, slower)"""
+    mixture_cap: int = 3000
+    """with several data sets: rows a data set counts for at most in the mixing proportions (FLAN)"""
+    mixture_rows: int = 30_000
+    """with several data sets: rows of each that are used at all (FLAN)"""
+    neftune_alpha: float = 0.0
+    """scale of the uniform noise on embeddings, 5 to 15 in the NEFTune paper; 0 is off"""
+    from_scratch: bool = False
+    """start from random weights of the model's configuration (pre-training)"""
+
+    # optimisation
+    steps: int = 0
+    """optimizer steps; 0 takes --epochs"""
+    epochs: float = 2.0
+    """passes over the data"""
+    batch_size: int = 32
+    """sequences per optimizer step over all processes"""
+    microbatch_tokens: int = 4096
+    """tokens per forward and backward: a memory knob that does not change the result"""
+    learning_rate: float = 5e-4
+    """peak; 5e-4 suits the embedded model, 1e-5 to 2e-5 a pretrained one of billions of parameters"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate decays to zero after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the matrix products; auto is bfloat16 on CUDA and float32 on a CPU; weights are float32"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    seed: int = 1
+
+    # evaluation and output
+    eval_every: int = 40
+    """steps between evaluations; 0 evaluates before and after only"""
+    eval_rows: int = 128
+    """held-out rows used"""
+    num_samples: int = 4
+    """completions sampled per question in evaluation, where rows have an answer"""
+    temperature: float = 1.0
+    """of those samples"""
+    output_dir: str | None = None
+    """default: runs/sft/<date>_<time>"""
+    overwrite: bool = False
+    """replace the run that --output-dir holds"""
+    resume: str | None = None
+    """continue the run in this folder with its own arguments; only steps, epochs and logging may be changed"""
+    save_every: int = 0
+    """steps between checkpoints; 0 writes one at the end only"""
+    log_samples: int = 2
+    """completions shown per evaluation"""
+    wandb_project: str | None = None
+    """also log to Weights & Biases"""
+
+
+# ---------------------------------------------------------------------------------------------- the mathematics
+
+
+def sft_loss(logprobs: torch.Tensor, total_tokens: float) -> torch.Tensor:
+    """Negative log-likelihood [S] of the scored tokens, summed and divided by those of the whole optimizer step."""
+    return -logprobs.sum() / total_tokens  # detail 4
+
+
+def mixture_weights(sizes: list[int], cap: int) -> list[float]:
+    """Probability of each data set: proportional to its size, which counts up to `cap` (FLAN, section 2.1)."""
+    capped = [min(size, cap) for size in sizes]
+    return [size / sum(capped) for size in capped]
+
+
+def neftune_noise(document_lengths: torch.Tensor, dim: int, alpha: float) -> torch.Tensor:
+    """Noise [N, d] for embeddings: uniform(−1, 1) · α / √(L·d), L the unpadded length of the token's document."""
+    scale = alpha / (document_lengths * dim).sqrt()
+    return torch.empty(len(scale), dim, device=scale.device).uniform_(-1, 1) * scale[:, None]  # detail 6
+
+
+# ---------------------------------------------------------------------------------------------- data and reward
+
+
+COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+
+
+def as_messages(value, role: str) -> list[dict]:
+    """A text becomes one message of `role`; a list of messages stays what it is."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+def row_messages(row: dict) -> tuple[list[dict], list[dict]]:
+    """The messages of a row up to its last assistant turn, and that turn."""
+    if "messages" in row:
+        return row["messages"][:-1], row["messages"][-1:]
+    if "completion" in row:
+        return as_messages(row["prompt"], "user"), as_messages(row["completion"], "assistant")
+    return as_messages(row["question"], "user"), as_messages(row["answer"], "assistant")
+
+
+def render_row(tokenizer, row: dict, loss_on: str) -> Segment:
+    """Token ids of a row and which of them are trained."""
+    eos = tokenizer.eos_token_id
+    if "text" in row:
+        ids = encode_text(tokenizer, row["text"]) + [eos]
+        return Segment(ids, [True] * len(ids))
+    before, after = row_messages(row)
+    if not tokenizer.chat_template and "messages" not in row and isinstance(row.get("prompt", ""), str):
+        prompt = encode_text(tokenizer, before[0]["content"])
+        completion = encode_text(tokenizer, after[0]["content"]) + [eos]
+        return Segment(prompt + completion, [loss_on == "all"] * len(prompt) + [True] * len(completion))
+    ids, mask = render_chat(tokenizer, before + after, tools=row.get("tools"))  # details 1 and 2
+    if loss_on == "all":
+        return Segment(ids, [True] * len(ids))
+    if loss_on == "completion":
+        start = len(render_chat(tokenizer, before, tools=row.get("tools"), generation_prompt=True).ids)
+        mask = [m and i >= start for i, m in enumerate(mask)]
+    return Segment(ids, mask)
+
+
+def render_rows(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> tuple[list[Segment], list[dict]]:
+    """Render all rows; those too long or without a trained token are dropped, cut ones are kept, all are counted."""
+    segments, kept = [], []
+    too_long = cut = empty = 0
+    limit = min(args.max_prompt_tokens + args.max_completion_tokens, context)
+    for row in tqdm(rows, desc=f"tokenising {Path(source).name}", leave=False, disable=len(rows) < 2000):
+        ids, mask, _ = render_row(tokenizer, row, args.loss_on)
+        first = mask.index(True) if any(mask) else len(mask)
+        if any(mask) and args.loss_on != "all" and first > min(args.max_prompt_tokens, context - 1):
+            too_long += 1
+            continue
+        end = limit if args.loss_on == "all" else min(first + args.max_completion_tokens, context)
+        cut += len(ids) > end and any(mask[end:])
+        ids, mask = ids[:end], mask[:end]
+        if not any(mask[1:]):
+            empty += 1
+            continue
+        segments.append(Segment(ids, mask))
+        kept.append(row)
+    if too_long or cut or empty:
+        print(
+            f"{source}: {too_long} rows dropped because their prompt is longer than --max-prompt-tokens "
+            f"{args.max_prompt_tokens} or the model's context of {context}, {empty} dropped because no token of them "
+            f"is trained, {cut} cut after --max-completion-tokens {args.max_completion_tokens}; {len(kept)} kept."
+        )
+    if not kept:
+        sys.exit(f"{source}: no row is left to train on (see the line above for what was dropped and why).")
+    return segments, kept
+
+
+def training_order(sizes: list[int], weights: list[float], draws: int, seed: int) -> list[tuple[int, int]]:
+    """Which row of which data set each training example is: shuffled passes over every set, mixed by `weights`.
+
+    A longer order begins with the shorter one, so that a resumed run may be given more steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.tensor(weights, dtype=torch.double).cumsum(0)
+    chosen = torch.searchsorted(bounds, torch.rand(draws, generator=generator, dtype=torch.double) * bounds[-1])
+    order, passes = [], [[] for _ in sizes]
+    epochs = [0] * len(sizes)
+    for k in chosen.clamp(max=len(sizes) - 1).tolist():
+        if not passes[k]:
+            shuffle = torch.Generator().manual_seed(seed + 1_000 * (k + 1) + 1_000_000 * epochs[k])
+            passes[k] = torch.randperm(sizes[k], generator=shuffle).tolist()
+            epochs[k] += 1
+        order.append((k, passes[k].pop()))
+    return order
+
+
+def extract_answer(text: str) -> str | None:
+    """The final answer a text states: in the last <answer> tag, the last \\boxed{}, after the last ####, or else its
+    last number. Reasoning before </think> does not count."""
+    text = text.rpartition("</think>")[2]
+    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}", r"####\s*(.+)"):
+        if found := re.findall(pattern, text, re.DOTALL if "answer" in pattern else 0):
+            return found[-1].strip()
+    numbers = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1] if numbers else None
+
+
+def is_correct(text: str, gold: str) -> bool:
+    """Whether the answer a text states equals `gold` as a number (1,234.0 = 1234), or as text where it is none."""
+
+    def normal(answer: str):
+        plain = answer.replace(",", "").replace("$", "").strip().rstrip(".").strip()
+        try:
+            return float(plain)
+        except ValueError:
+            return plain.lower()
+
+    answer, reference = extract_answer(text), extract_answer(gold) if "####" in gold else gold
+    return answer is not None and reference is not None and normal(answer) == normal(reference)
+
+
+@torch.no_grad()
+def evaluate_answers(
+    sampler, tokenizer, questions, budget: int, samples: int, temperature: float, seed: int, rank: int, world: int
+) -> tuple[dict, list[dict]]:
+    """Gold accuracy on held-out questions: mean of `samples` at the training temperature, and greedy.
+
+    Returns metrics, and a sample of every question for the log.
+    """
+    mine = questions[rank::world]
+    prompts = [q["ids"] for q in mine]
+    total = len(prompts) * (samples + 1)
+    with tqdm(total=total, desc="evaluating", leave=False, disable=None if rank == 0 else True) as bar:
+        indices = list(range(rank, len(questions), world))
+        sampled = sampler.generate(prompts, budget, samples, temperature, seed, indices, bar.update)
+        greedy = sampler.generate(prompts, budget, 1, temperature=0.0, progress=bar.update)
+    shown, right, length, cut = [], 0, 0, 0
+    for question, group in zip(mine, sampled):
+        for k, completion in enumerate(group):
+            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            correct = is_correct(text, question["gold"])
+            right += correct
+            length += len(completion.ids)
+            cut += not completion.stopped
+            if k == 0:
+                prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+                shown.append({"prompt": prompt, "completion": text, "reward": float(correct), "gold": question["gold"]})
+    greedy_right = sum(
+        is_correct(tokenizer.decode(g[0].ids, skip_special_tokens=True), q["gold"]) for q, g in zip(mine, greedy)
+    )
+    sums = [right, length, cut, sum(map(len, sampled)), greedy_right, len(mine)]
+    right, length, cut, count, greedy_right, asked = reduce_over_processes(sums, sampler.device)
+    return {
+        "eval/accuracy": right / count,
+        "eval/accuracy_greedy": greedy_right / asked,
+        "eval/completion_length": length / count,
+        "eval/truncated_fraction": cut / count,
+    }, shown
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict:
+    args = resumed_args(args, "sft")
+    check_args(args)
+    device, rank, world = start_processes(args.device)
+    stop = catch_stop_signals()
+
+    # Data, before any model is loaded.
+    sources = [load_rows(name, args.subset, args.split, COLUMNS) for name in args.dataset]
+    if args.eval_dataset or args.dataset == Args.dataset:
+        held_out_source = args.eval_dataset or str(TINY / "demonstrations_test.jsonl")
+        held_out = load_rows(held_out_source, args.subset, args.split, COLUMNS)[: args.eval_rows]
+    else:
+        held_out_source = f"rows held out of {args.dataset[0]}"
+        sources[0], held_out = hold_out(sources[0], args.eval_rows, args.seed)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    if len(sources) > 1:
+        sources = [rows[: args.mixture_rows] for rows in sources]
+    rendered = [
+        render_rows(tokenizer, rows, name, args, context)[0] for name, rows in zip(args.dataset, sources, strict=True)
+    ]
+    held_out_segments, held_out = render_rows(tokenizer, held_out, held_out_source, args, context)
+    questions = answerable(tokenizer, held_out)
+
+    rows_in_all = sum(map(len, rendered))
+    steps = args.steps or max(1, math.ceil(args.epochs * rows_in_all / args.batch_size))
+    weights = mixture_weights([len(r) for r in rendered], args.mixture_cap)  # detail 5
+    order = training_order([len(r) for r in rendered], weights, steps * args.batch_size, args.seed)
+
+    # Model, optimizer, run folder.
+    model = load_model(args.model, device, args.trust_remote_code, args.from_scratch, args.seed)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    bfloat16 = uses_bfloat16(args.dtype, device)
+    stops = stop_token_ids(tokenizer, model)
+    model = shard(model, world, bfloat16)
+    sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32) if questions else None
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+    run = Run(args, "sft", rank, {"loss/train": "loss", "eval/loss": "held-out loss", "eval/accuracy": "accuracy"})
+    first = load_checkpoint(run, model, optimizer) if args.resume else 0
+    if first >= steps > 0 and args.resume:
+        sys.exit(f"{run.folder} has already done its {steps} steps; give --steps or --epochs beyond that to go on.")
+    neftune = {"lengths": None}
+    if args.neftune_alpha:
+        add_neftune(model, neftune, args.neftune_alpha)
+
+    def evaluate(step: int) -> dict:
+        metrics = {"eval/loss": evaluate_loss(model, held_out_segments, args, device, rank, world, bfloat16)}
+        if sampler:
+            sampler.sync()
+            budget = min(args.max_completion_tokens, context - max(len(q["ids"]) for q in questions))
+            scores, samples = evaluate_answers(
+                sampler, tokenizer, questions, budget, args.num_samples, args.temperature, args.seed, rank, world
+            )
+            run.show_samples(step, samples, args.log_samples)
+            metrics |= scores
+        return metrics
+
+    baseline = run.baseline if args.resume else evaluate(0)
+    run.start(first, steps, baseline)
+    for step in range(first + 1, steps + 1):
+        began = time.perf_counter()
+        torch.manual_seed(args.seed * 1_000_003 + step * 1009 + rank)  # detail 7
+        batch = [rendered[k][i] for k, i in order[(step - 1) * args.batch_size : step * args.batch_size]][rank::world]
+        groups = split_by_tokens([s.ids for s in batch], args.microbatch_tokens)
+        packed = [pack([batch[i] for i in group]).to(device) for group in groups]  # detail 3
+        scored = sum(len(p.targets) for p in packed)
+        total_tokens, trained_tokens, rounds = reduce_over_processes(
+            [scored, sum(p.ids.numel() for p in packed), len(packed)], device, maximum=[2]
+        )
+
+        # Every process runs as many forwards as the busiest, since sharded weights are gathered together; a spare
+        # one repeats a microbatch with weight zero.
+        nll = 0.0
+        for i in range(int(rounds)):
+            micro = packed[i] if i < len(packed) else spare_microbatch(packed, rendered, device)
+            neftune["lengths"] = micro.document_lengths
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logprobs, _ = token_logprobs(model, micro, packing=args.packing)
+            loss = sft_loss(logprobs, total_tokens) * (i < len(packed))
+            (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
+            nll += loss.detach()
+        neftune["lengths"] = None
+
+        loss = reduce_over_processes([float(nll)], device)[0]
+        run.require_finite(step, loss)
+        rate = learning_rate_at(step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        elapsed = time.perf_counter() - began
+        metrics = {
+            "loss/train": loss,
+            "optim/grad_norm": grad_norm,
+            "optim/learning_rate": rate,
+            "throughput/tokens_per_second": trained_tokens / elapsed,
+            "time/step": elapsed,
+            "memory/peak_gb": peak_memory_gb(device),
+        }
+        stopping = stop_requested(stop, device)
+        if (args.eval_every and step % args.eval_every == 0) or step == steps:
+            metrics |= evaluate(step)
+        run.log(step, metrics)
+        if step == steps or stopping or (args.save_every and step % args.save_every == 0):
+            save_checkpoint(run, step, model, optimizer)
+        if stopping and step < steps:
+            run.stopped(step, stopping)
+
+    save_model(run, model, tokenizer, stops, bfloat16)
+    return run.finish(f"python grpo.py --model {run.folder / 'model'}")
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work together, before anything is loaded."""
+    if args.batch_size < 1 or args.microbatch_tokens < 1 or args.num_samples < 1:
+        sys.exit("--batch-size, --microbatch-tokens and --num-samples must be at least 1.")
+    if args.neftune_alpha and not args.packing:
+        sys.exit("--neftune-alpha needs packed documents, whose lengths it scales with; leave --packing on.")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
+
+
+def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+    if len(rows) < 2:
+        sys.exit("one row is too few to hold any out for evaluation; give --eval-dataset or more rows.")
+    count = max(1, min(count, len(rows) // 10))
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(shuffled[:count])
+    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in shuffled[:count]]
+
+
+def answerable(tokenizer, rows: list[dict]) -> list[dict]:
+    """Questions for sampled accuracy: the rows whose `answer` can be checked, as prompt ids and gold answer."""
+    if not tokenizer.chat_template:
+        return []
+    questions = []
+    for row in rows:
+        if isinstance(row.get("answer"), str) and ("prompt" in row or "question" in row):
+            prompt = as_messages(row.get("prompt", row.get("question")), "user")
+            questions.append(
+                {"ids": render_chat(tokenizer, prompt, generation_prompt=True).ids, "gold": row["answer"], "row": row}
+            )
+    return questions
+
+
+def add_neftune(model, state: dict, alpha: float) -> None:
+    """Add NEFTune's noise to what the embedding layer returns while `state["lengths"]` holds a row's lengths."""
+
+    def add_noise(module, inputs, output):
+        if state["lengths"] is None:
+            return output
+        return output + neftune_noise(state["lengths"], output.shape[-1], alpha).to(output.dtype)
+
+    model.get_input_embeddings().register_forward_hook(add_noise)
+
+
+def spare_microbatch(packed: list, rendered: list[list[Segment]], device):
+    """Something to run a forward on that counts for nothing: this process's first microbatch, or any document."""
+    return packed[0] if packed else pack([rendered[0][0]]).to(device)
+
+
+@torch.no_grad()
+def evaluate_loss(model, segments: list[Segment], args: Args, device, rank: int, world: int, bfloat16: bool) -> float:
+    """Mean negative log-likelihood per trained token of the held-out rows, over all processes."""
+    mine = segments[rank::world]
+    groups = split_by_tokens([s.ids for s in mine], args.microbatch_tokens)
+    rounds = int(reduce_over_processes([len(groups)], device, maximum=[0])[0])
+    nll, count = 0.0, 0
+    for i in range(rounds):
+        micro = pack([mine[j] for j in groups[i]] if i < len(groups) else segments[:1]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logprobs, _ = token_logprobs(model, micro, packing=args.packing)
+        if i < len(groups):
+            nll -= float(logprobs.sum())
+            count += len(logprobs)
+    nll, count = reduce_over_processes([nll, count], device)
+    return nll / max(count, 1)
+
+
+# ================================================================ plumbing: the same in every script, not the algorithm
+
+
+def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, all holding one of the sets of `columns`."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                sys.exit(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}).")
+            if row is not None and not isinstance(row, dict):
+                sys.exit(f"{source}, line {number}: expected a JSON object, found {type(row).__name__}.")
+            rows += [row] if row is not None else []
+    elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.exists():
+        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+    else:
+        from datasets import load_dataset
+
+        kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+        try:
+            if path.is_file() and path.suffix in kinds:
+                rows = load_dataset(kinds[path.suffix], data_files=source, split="train").to_list()
+            else:
+                rows = load_dataset(source, subset, split=split).to_list()
+        except Exception as error:  # datasets raises many kinds; all of them are about what the user named
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            sys.exit(f"--dataset {source}: it could not be loaded as a file, a folder or a Hub data set ({reason}).")
+    if not rows:
+        sys.exit(f"{source}: no rows in it.")
+    wanted = " or ".join(" + ".join(group) for group in columns)
+    for number, row in enumerate(rows, 1):
+        if not any(all(row.get(c) is not None for c in group) for group in columns):
+            sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+    return rows
+
+
+def start_processes(device: str) -> tuple[torch.device, int, int]:
+    """The device of this process, its rank and the number of processes (more than one under torchrun)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"--device {device}: this machine or this build of PyTorch has no CUDA; use --device cpu or auto.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen, int(os.environ.get("RANK", 0)), world
+
+
+def uses_bfloat16(dtype: str, device: torch.device) -> bool:
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+
+
+def load_config(path: str, trust_remote_code: bool):
+    """The configuration of the model at `path`, or a sentence saying why there is none."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        sys.exit(f"--model {path}: not a folder with a model, nor a Hub name that can be reached ({reason}).")
+
+
+def load_model(path: str, device, trust_remote_code: bool, from_scratch: bool = False, seed: int = 0):
+    """A causal language model in float32 without dropout, its attention decided by the layout of each batch."""
+    config = load_config(path, trust_remote_code)
+    for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
+        setattr(config, name, 0.0)
+    if from_scratch:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            sys.exit(f"--model {path}: no causal language model could be loaded from there ({reason}).")
+    if model._supports_attention_backend:
+        model.set_attn_implementation("layout")
+    return model.to(device).eval()
+
+
+def shard(model, world: int, bfloat16: bool):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+    if world == 1:
+        return model
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
+    kinds = set(model._no_split_modules or [])
+    for module in [m for m in model.modules() if type(m).__name__ in kinds]:
+        fully_shard(module, **({"mp_policy": policy} if policy else {}))
+    fully_shard(model)
+    model.sharded_token_logprobs = partial(local_token_logprobs, model)
+    register_fsdp_forward_method(model, "sharded_token_logprobs")
+    return model
+
+
+def reduce_over_processes(values: list[float], device, maximum: list[int] = ()) -> list[float]:
+    """Sum each value over all processes, or take its maximum where its index is in `maximum`."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    peaks = sums.clone()
+    dist.all_reduce(sums)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    return [float(peaks[i] if i in maximum else sums[i]) for i in range(len(values))]
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Clip the global gradient norm; returns what it was before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def learning_rate_at(step: int, steps: int, args) -> float:
+    """Linear warm-up, then constant, linear or cosine decay to zero after the last step."""
+    if step <= args.warmup_steps:
+        return args.learning_rate * step / args.warmup_steps
+    left = (steps - step + 1) / max(1, steps - args.warmup_steps)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return args.learning_rate * shape[args.lr_schedule]
+
+
+def peak_memory_gb(device) -> float:
+    """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def catch_stop_signals() -> list[int]:
+    """A list into which Ctrl-C and SIGTERM put their number; the loop looks at it after each step."""
+    caught: list[int] = []
+
+    def handle(number, frame):
+        if caught:  # a second one means now
+            sys.exit(128 + number)
+        caught.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint …", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+    return caught
+
+
+def resumed_args(args, script: str):
+    """With --resume, the arguments of that run; only its length and its logging may be given anew."""
+    if not args.resume:
+        return args
+    folder = Path(args.resume).resolve()
+    if not (folder / "args.json").is_file():
+        sys.exit(f"--resume {args.resume}: no run there (a run's folder holds an args.json).")
+    stored = json.loads((folder / "args.json").read_text())
+    if stored.pop("script") != script:
+        sys.exit(f"--resume {args.resume}: that run was made by another script than {script}.py.")
+    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project"}
+    for field in fields(args):
+        given, kept = getattr(args, field.name), stored.get(field.name, field.default)
+        kept = tuple(kept) if isinstance(kept, list) else kept
+        if given == field.default or field.name in ("resume", "output_dir"):
+            setattr(args, field.name, kept)
+        elif field.name not in free and given != kept:
+            flag = "--" + field.name.replace("_", "-")
+            sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
+    args.resume = args.output_dir = str(folder)
+    return args
+
+
+class Run:
+    """The output folder of a run, and what the terminal shows of it."""
+
+    def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
+        self.args, self.script, self.is_main, self.shown = args, script, rank == 0, shown
+        stamp = [datetime.now().strftime("%Y-%m-%d_%H%M%S_%f")[:-4]]
+        if dist.is_initialized():
+            dist.broadcast_object_list(stamp)
+        self.folder = Path(args.output_dir or f"runs/{script}/{stamp[0]}")
+        self.last, self.bar, self.printed = {}, None, 0
+        if (self.folder / "args.json").exists() and not args.resume and not args.overwrite:
+            sys.exit(
+                f"{self.folder} already holds a run. Continue it with --resume {self.folder}, replace it with "
+                "--overwrite, or choose another --output-dir."
+            )
+        if dist.is_initialized():
+            dist.barrier()
+        if not self.is_main:
+            return
+        if (self.folder / "args.json").exists() and not args.resume:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        if not args.output_dir:
+            link = self.folder.parent / "latest"
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.folder.name)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.wandb = None
+        if args.wandb_project:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args))
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows logged after `step`: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if self.is_main and path.exists():
+                rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+                path.write_text("".join(line + "\n" for line in rows))
+
+    def start(self, first: int, steps: int, baseline: dict) -> None:
+        self.baseline = baseline
+        if self.is_main:
+            self.bar = tqdm(total=steps, initial=first, desc=self.script, disable=None, leave=False)
+        if not first:
+            self.log(0, baseline)
+
+    def log(self, step: int, metrics: dict) -> None:
+        """One row in metrics.jsonl, TensorBoard and the terminal; the curves are redrawn after an evaluation."""
+        self.last |= metrics
+        if not self.is_main:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        if step:
+            self.bar.update(1)
+        has_evaluation = any(name.startswith("eval/") for name in metrics)
+        if step % 10 == 0 or has_evaluation:
+            if self.printed % 20 == 0:
+                self.bar.write("  step  " + "  ".join(f"{label:>14}" for label in self.shown.values()))
+            cells = [f"{metrics[name]:14.4g}" if name in metrics else " " * 14 for name in self.shown]
+            self.bar.write(f"{step:6d}  " + "  ".join(cells))
+            self.printed += 1
+        if has_evaluation:
+            self.writer.flush()
+            self.draw_curves()
+
+    def show_samples(self, step: int, samples: list[dict], count: int) -> None:
+        """Append an evaluation's samples to samples.jsonl and show the first `count` on the terminal."""
+        if not self.is_main:
+            return
+        with open(self.folder / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        for sample in samples[:count]:
+            text = " ⏎ ".join(sample["completion"].split("\n"))
+            tqdm.write(f"        reward {sample['reward']:.2f}  {sample['prompt']!r} → {text[:160]}")
+
+    def draw_curves(self) -> None:
+        """curves.png: one panel for each metric that the terminal shows."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        figure, axes = pyplot.subplots(1, len(self.shown), figsize=(3.6 * len(self.shown), 2.8), squeeze=False)
+        for axis, (name, label) in zip(axes[0], self.shown.items()):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), marker="o" if len(points) < 15 else None, ms=3) if points else None
+            axis.set(title=label, xlabel="step")
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(self.folder / "curves.png", dpi=110)
+        pyplot.close(figure)
+
+    def require_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            saved = newest_checkpoint(self.folder)
+            sys.exit(
+                f"The loss is {loss} at step {step}: the run has diverged and stops before the weights are harmed. "
+                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {saved or 'none written yet'}."
+            )
+
+    def stopped(self, step: int, number: int) -> None:
+        """End a run that a signal has stopped, with the command that continues it."""
+        if self.is_main:
+            self.bar.close()
+            print(f"Stopped after step {step}. Continue with: python {self.script}.py --resume {self.folder}")
+        sys.exit(128 + number)
+
+    def finish(self, next_command: str) -> dict:
+        """The closing summary: before → after, where the model lies, what to run next. Returns the last metrics."""
+        if self.is_main:
+            self.bar.close()
+            self.writer.close()
+            for name, before in self.baseline.items():
+                print(f"  {name:26} {before:8.3f} → {self.last[name]:.3f}")
+            print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}\n  next: {next_command}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return self.last
+
+
+def stop_requested(caught: list[int], device) -> int:
+    """The number of the signal that any process has caught, or 0."""
+    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=[0])[0])
+
+
+def fingerprint(model) -> str:
+    """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
+    shapes = repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
+    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
+    """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
+
+    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    """
+    final = run.folder / "checkpoints" / f"step-{step:06d}"
+    if final.exists():
+        return
+    temporary = final.with_name(f".writing-{final.name}")
+    try:
+        if run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a single process is told that it is one
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+        if run.is_main:
+            about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
+            (temporary / "state.json").write_text(json.dumps(about))
+            temporary.rename(final)
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = newest_checkpoint(run.folder)
+        sys.exit(f"The checkpoint of step {step} could not be written ({error}). Kept: {kept or 'none before it'}.")
+
+
+def load_checkpoint(run: Run, model, optimizer) -> int:
+    """Restore the newest checkpoint of a run; returns its step."""
+    newest = newest_checkpoint(run.folder)
+    if newest is None:
+        sys.exit(f"--resume {run.folder}: the run ended before its first checkpoint; start it again with --overwrite.")
+    about = json.loads((newest / "state.json").read_text())
+    if about["model"] != fingerprint(model):
+        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than {run.args.model}.")
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    run.baseline, run.last = about["baseline"], about["last"]
+    run.rewind(about["step"])
+    return about["step"]
+
+
+def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
+    """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if not run.is_main:
+        return
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    model.generation_config.eos_token_id = stops
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.dtype = dtype
+    model.save_pretrained(run.folder / "model", state_dict={k: v.to(dtype) for k, v in state.items()})
+    tokenizer.save_pretrained(run.folder / "model")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
