@@ -45,12 +45,14 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from functools import partial
@@ -71,8 +73,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from common.generation import Completion, Sampler
 from common.kl import kl_estimate, local_token_logprobs, token_logprobs
@@ -262,7 +266,7 @@ def policy_loss(
     clip_high: float,
     ratio: str = "token",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate. logprobs, old_logprobs and mask [B, T], advantages [B]; returns loss and ratio [B, T]."""
+    """PPO's clipped surrogate. logprobs, old_logprobs, mask [B, T], advantages [B]; returns loss and ratio [B, T]."""
     log_ratio = (logprobs - old_logprobs) * mask
     if ratio == "sequence":  # detail 8
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
@@ -299,7 +303,7 @@ def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) ->
     """
     questions = []
     for row in rows:
-        prompt = row.get("prompt", row.get("question"))
+        prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         if tokenizer.chat_template or not isinstance(prompt, str):
             messages = as_messages(prompt, "user")
             ids = render_chat(tokenizer, messages, tools=row.get("tools"), generation_prompt=True).ids
@@ -308,8 +312,8 @@ def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) ->
         if 0 < len(ids) <= max_tokens:
             questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
     if len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} rows dropped: prompt over {max_tokens} tokens.")
-    if not questions:
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: longer than {max_tokens} tokens.")
+    if rows and not questions:
         sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
     return questions
 
@@ -359,61 +363,36 @@ def load_reward_model(path: str, device, trust_remote_code: bool):
 
 
 @torch.no_grad()
-def evaluate_answers(
-    sampler, tokenizer, questions, budget: int, samples: int, temperature: float, seed: int, rank: int, world: int
-) -> tuple[dict, list[dict]]:
-    """Gold accuracy on held-out questions: mean of `samples` at the training temperature, and greedy.
+def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict]]:
+    """Gold accuracy on held-out questions: mean of `args.eval_samples` at the training temperature, and greedy.
 
-    Returns metrics, and a sample of every question for the log.
+    Returns the metrics over all processes, and one sample of each of this process's questions for the log.
     """
-    mine = questions[rank::world]
-    prompts = [q["ids"] for q in mine]
-    total = len(prompts) * (samples + 1)
-    with tqdm(total=total, desc="evaluating", leave=False, disable=None if rank == 0 else True) as bar:
-        indices = list(range(rank, len(questions), world))
-        sampled = sampler.generate(prompts, budget, samples, temperature, seed, indices, bar.update)
-        greedy = sampler.generate(prompts, budget, 1, temperature=0.0, progress=bar.update)
-    shown, right, length, cut = [], 0, 0, 0
-    for question, group in zip(mine, sampled):
-        for k, completion in enumerate(group):
-            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-            correct = is_correct(text, question["gold"])
-            right += correct
-            length += len(completion.ids)
-            cut += not completion.stopped
-            if k == 0:
-                prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
-                shown.append({"prompt": prompt, "completion": text, "reward": float(correct), "gold": question["gold"]})
-    greedy_right = sum(
-        is_correct(tokenizer.decode(g[0].ids, skip_special_tokens=True), q["gold"]) for q, g in zip(mine, greedy)
-    )
-    sums = [right, length, cut, sum(map(len, sampled)), greedy_right, len(mine)]
-    right, length, cut, count, greedy_right, asked = reduce_over_processes(sums, sampler.device)
+    mine, indices = questions[rank::world], list(range(rank, len(questions), world))
+    prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
+    with tqdm(total=len(mine) * (args.eval_samples + 1), desc="evaluating", leave=False, disable=None) as bar:
+        sampled = sampler.generate(
+            prompts, budget, args.eval_samples, args.temperature, args.seed, indices, progress=bar.update
+        )
+        greedy = sampler.generate(prompts, budget, temperature=0.0, progress=bar.update)
+    sums = {"right": 0, "right_greedy": 0, "length": 0, "cut": 0, "sampled": 0, "asked": len(mine)}
+    for question, group, best in zip(mine, sampled, greedy):
+        texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in [*group, *best]]
+        *right, right_greedy = [is_correct(text, question["gold"]) for text in texts]
+        sums["right"] += sum(right)
+        sums["right_greedy"] += right_greedy
+        sums["length"] += sum(len(c.ids) for c in group)
+        sums["cut"] += sum(not c.stopped for c in group)
+        sums["sampled"] += len(group)
+        prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": question["gold"]})
+    sums = dict(zip(sums, reduce_over_processes(list(sums.values()), sampler.device)))
     return {
-        "eval/accuracy": right / count,
-        "eval/accuracy_greedy": greedy_right / asked,
-        "eval/completion_length": length / count,
-        "eval/truncated_fraction": cut / count,
-    }, shown
-
-
-def training_order(sizes: list[int], weights: list[float], draws: int, seed: int) -> list[tuple[int, int]]:
-    """Which row of which data set each training example is: shuffled passes over every set, mixed by `weights`.
-
-    A longer order begins with the shorter one, so that a resumed run may be given more steps.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    bounds = torch.tensor(weights, dtype=torch.double).cumsum(0)
-    chosen = torch.searchsorted(bounds, torch.rand(draws, generator=generator, dtype=torch.double) * bounds[-1])
-    order, passes = [], [[] for _ in sizes]
-    epochs = [0] * len(sizes)
-    for k in chosen.clamp(max=len(sizes) - 1).tolist():
-        if not passes[k]:
-            shuffle = torch.Generator().manual_seed(seed + 1_000 * (k + 1) + 1_000_000 * epochs[k])
-            passes[k] = torch.randperm(sizes[k], generator=shuffle).tolist()
-            epochs[k] += 1
-        order.append((k, passes[k].pop()))
-    return order
+        "eval/accuracy": sums["right"] / sums["sampled"],
+        "eval/accuracy_greedy": sums["right_greedy"] / sums["asked"],
+        "eval/completion_length": sums["length"] / sums["sampled"],
+        "eval/truncated_fraction": sums["cut"] / sums["sampled"],
+    }, samples
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -441,44 +420,39 @@ def main(args: Args) -> dict:
         sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
     questions = encode_prompts(tokenizer, rows, args.dataset, longest)
     held_out = encode_prompts(tokenizer, held_out, held_out_source, longest)
-    order = training_order([len(questions)], [1.0], args.steps * args.batch_size, args.seed)
+    shuffle = torch.Generator().manual_seed(args.seed)  # passes over all questions, as many as the steps take
+    passes = math.ceil(args.steps * args.batch_size / len(questions))
+    order = torch.cat([torch.randperm(len(questions), generator=shuffle) for _ in range(passes)]).tolist()
 
     # Models, optimizer, run folder.
     bfloat16 = uses_bfloat16(args.dtype, device)
-    model = load_model(args.model, device, args.trust_remote_code)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
-    stops = stop_token_ids(tokenizer, model)
-    policy = shard(model, world, bfloat16)
-    reference = None
-    if args.beta:
-        reference = load_model(args.model, device, args.trust_remote_code).requires_grad_(False)
-        reference = shard(reference, world, bfloat16)
+    policy = load_model(args.model, device, args)
+    stops = stop_token_ids(tokenizer, policy)
+    policy = shard(policy, world, bfloat16)
+    reference = shard(load_model(args.model, device, args), world, bfloat16) if args.beta else None
     scorer = load_reward_model(args.reward_model, device, args.trust_remote_code) if args.reward_model else None
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
-    shown = {"reward/mean": "reward", "eval/accuracy": "accuracy", "completions/length_mean": "length", "policy/kl": "KL"}
+    shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL", "eval/accuracy": "accuracy"}
     run = Run(args, "grpo", rank, shown)
-    first = load_checkpoint(run, policy, optimizer) if args.resume else 0
-    if args.resume and first >= args.steps:
-        sys.exit(f"{run.folder} has already done its {args.steps} steps; give --steps beyond that to go on.")
 
-    def evaluate(step: int) -> dict:
+    def evaluate() -> tuple[dict, list[dict]]:
         sampler.sync()
-        scores, samples = evaluate_answers(
-            sampler, tokenizer, held_out, args.max_completion_tokens, args.eval_samples, args.temperature, args.seed,
-            rank, world,
-        )  # fmt: skip
-        run.show_samples(step, samples, args.log_samples)
-        return scores
+        return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)
 
-    run.start(first, args.steps, run.baseline if args.resume else evaluate(0))
+    if args.resume:
+        first = load_checkpoint(run, policy, optimizer)
+        if first >= args.steps:
+            sys.exit(f"{run.folder} has already done its {args.steps} steps; give more --steps to go on.")
+    else:
+        first, (run.baseline, samples) = 0, evaluate()
+        run.log(0, run.baseline, samples)
+
     for step in range(first + 1, args.steps + 1):
         began = time.perf_counter()
         seed = args.seed * 1_000_003 + step  # detail 10
-        batch = [questions[i] for _, i in order[(step - 1) * args.batch_size : step * args.batch_size]]
-        positions = list(range(rank, len(batch), world))  # this process's prompts
+        batch = [questions[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
+        positions = list(range(rank, len(batch), world))  # of this process's prompts in the batch
         mine = [batch[p] for p in positions]
 
         # Sample.
@@ -491,113 +465,74 @@ def main(args: Args) -> dict:
         # Score, and compare within each group.
         rewards = score(tokenizer, mine, groups, args, scorer)
         advantages = group_advantages(rewards["total"], args.advantage).flatten().to(device)  # [B]
-        prompts = [q["ids"] for q in mine for _ in range(args.num_samples)]
-        completions = [c for group in groups for c in group]
-        old_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T], detail 2
-        lengths = torch.tensor([len(c.ids) for c in completions], device=device)
-        action_mask = torch.arange(old_logprobs.shape[1], device=device) < lengths[:, None]  # [B, T], detail 4
-
-        def token_scores(model, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            """Log-probabilities and entropies [b, T] of the completions `rows` under `model`."""
-            packed = pack_completions([prompts[i] for i in rows], [completions[i].ids for i in rows])  # detail 9
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                flat = token_logprobs(model, packed.to(device), args.temperature)  # detail 3
-            width = old_logprobs.shape[1]
-            return tuple(pad_rows(x.split(packed.lengths), width) for x in flat)
-
-        def microbatches(rows: list[int]) -> tuple[list[list[int]], int]:
-            """`rows` split by tokens, and how many forwards the busiest process needs for its own."""
-            split = split_by_tokens([completions[i].ids for i in rows], args.microbatch_tokens, [prompts[i] for i in rows])
-            parts = [[rows[j] for j in part] for part in split]
-            return parts, int(reduce_over_processes([len(parts)], device, maximum=[0])[0])
-
-        ref_logprobs = torch.zeros_like(old_logprobs)
+        rollout = Rollout([q["ids"] for q in mine], groups, device)
+        reference_rows = rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens, device)
         if reference is not None:
-            parts, rounds = microbatches(list(range(len(completions))))
             with torch.no_grad():
-                for part in parts + parts[:1] * (rounds - len(parts)):
-                    ref_logprobs[part] = token_scores(reference, part)[0]
+                for rows, _ in reference_rows:
+                    rollout.ref_logprobs[rows] = score_tokens(reference, rollout, rows, args.temperature, bfloat16)[0]
 
         # Update.
-        stats = {name: 0.0 for name in ("loss", "kl", "entropy", "clipped", "approx_kl", "gap", "tokens", "first_tokens")}
-        ratio_max, grad_norms = 0.0, []
+        totals, ratio_max, grad_norms = Counter(), 0.0, []
         rate = learning_rate_at(step, args.steps, args)
         for epoch in range(args.update_epochs):
             shuffle = torch.Generator().manual_seed(seed * 97 + epoch)
-            shuffled = torch.randperm(len(batch), generator=shuffle).tolist()
-            size = len(batch) // args.minibatches
-            for start in range(0, len(batch), size):
-                chosen = set(shuffled[start : start + size])
-                rows = [
-                    k * args.num_samples + g
-                    for k, p in enumerate(positions) if p in chosen
-                    for g in range(args.num_samples)
-                ]  # fmt: skip
-                parts, rounds = microbatches(rows)
-                step_tokens = reduce_over_processes([float(lengths[rows].sum())], device)[0]
-                for i in range(rounds):
-                    # A process with fewer microbatches than another repeats one with weight zero: sharded weights are
-                    # gathered by all processes together.
-                    part, weight = (parts[i], 1.0) if i < len(parts) else ((parts or [[0]])[0], 0.0)
-                    mask = action_mask[part].float()
-                    logprobs, entropy = token_scores(policy, part)
-                    losses, rho = policy_loss(
-                        logprobs, old_logprobs[part], advantages[part], mask, args.clip_low, args.clip_high, args.ratio
+            for chosen in torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1).tolist():
+                rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
+                sequences = len(chosen) * args.num_samples
+                tokens = reduce_over_processes([float(rollout.mask[rows].sum())], device)[0]
+                for part, weight in rollout.microbatches(rows, args.microbatch_tokens, device):
+                    logprobs, entropy = score_tokens(policy, rollout, part, args.temperature, bfloat16)  # [b, T]
+                    old_logprobs, mask = rollout.old_logprobs[part], rollout.mask[part] * weight
+                    losses, ratio = policy_loss(
+                        logprobs, old_logprobs, advantages[part], mask, args.clip_low, args.clip_high, args.ratio
                     )
-                    if reference is not None:  # detail 7
-                        losses = losses + args.beta * kl_estimate(logprobs, ref_logprobs[part], args.kl_estimator)
-                    loss = aggregate(
-                        losses, mask, args.loss_aggregation, size * args.num_samples, step_tokens,
-                        args.max_completion_tokens,
-                    )  # fmt: skip
-                    (loss * weight * world).backward()  # gradients are averaged over processes
-
+                    kl = kl_estimate(logprobs, rollout.ref_logprobs[part], args.kl_estimator)  # detail 7
+                    losses = losses + args.beta * kl
+                    loss = aggregate(losses, mask, args.loss_aggregation, sequences, tokens, args.max_completion_tokens)
+                    (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
                     with torch.no_grad():
-                        mask = mask * weight
-                        log_ratio = (logprobs - old_logprobs[part]) * mask
-                        outside = (rho < 1 - args.clip_low) | (rho > 1 + args.clip_high)
-                        ratio_max = max(ratio_max, float((rho * mask).max()))
-                        stats["loss"] += float(loss) * weight
-                        stats["kl"] += float((kl_estimate(logprobs, ref_logprobs[part], "k3") * mask).sum())
-                        stats["entropy"] += float((entropy * mask).sum())
-                        stats["clipped"] += float((outside * mask).sum())
-                        stats["approx_kl"] += float(log_ratio.square().sum() / 2)
-                        stats["tokens"] += float(mask.sum())
+                        log_ratio = (logprobs - old_logprobs) * mask
+                        outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                        ratio_max = max(ratio_max, float((ratio * mask).max()))
+                        totals["loss"] += float(loss)
+                        totals["tokens"] += float(mask.sum())
+                        totals["kl"] += float((kl_estimate(logprobs, rollout.ref_logprobs[part]) * mask).sum())
+                        totals["entropy"] += float((entropy * mask).sum())
+                        totals["clipped"] += float((outside * mask).sum())
+                        totals["approx_kl"] += float(log_ratio.square().sum() / 2)
                         if not grad_norms:  # before the first update, policy and sampler have the same weights
-                            stats["gap"] += float(log_ratio.abs().sum())
-                            stats["first_tokens"] += float(mask.sum())
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                run.require_finite(step, reduce_over_processes([stats["loss"]], device)[0])
-                grad_norms.append(clip_gradients(policy, args.max_grad_norm))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                            totals["gap"] += float(log_ratio.abs().sum())
+                            totals["gap_tokens"] += float(mask.sum())
+                run.require_finite(step, reduce_over_processes([totals["loss"]], device)[0])
+                grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm, rate))
 
         # Log, evaluate, save.
-        metrics = rollout_metrics(rewards, groups, args, device)
-        stats = dict(zip(stats, reduce_over_processes(list(stats.values()), device)))
+        totals = dict(zip(totals, reduce_over_processes(list(totals.values()), device)))
         elapsed = time.perf_counter() - began
+        metrics, samples = rollout_metrics(rewards, groups, device), []
         metrics |= {
-            "loss/policy": stats["loss"] / len(grad_norms),
-            "policy/entropy": stats["entropy"] / stats["tokens"],
-            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=[0])[0],
-            "policy/clip_fraction": stats["clipped"] / stats["tokens"],
-            "policy/approx_kl": stats["approx_kl"] / stats["tokens"],
-            "policy/sampler_gap": stats["gap"] / stats["first_tokens"],
+            "loss/policy": totals["loss"] / len(grad_norms),
+            "policy/entropy": totals["entropy"] / totals["tokens"],
+            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=True)[0],
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/sampler_gap": totals["gap"] / totals["gap_tokens"],
             "optim/grad_norm": sum(grad_norms) / len(grad_norms),
             "optim/learning_rate": rate,
             "time/step": elapsed,
             "time/sample": sampled - began,
             "time/train": elapsed - (sampled - began),
-            "throughput/tokens_per_second": stats["tokens"] / args.update_epochs / elapsed,
+            "throughput/tokens_per_second": totals["tokens"] / args.update_epochs / elapsed,
             "memory/peak_gb": peak_memory_gb(device),
         }
         if reference is not None:
-            metrics["policy/kl"] = stats["kl"] / stats["tokens"]
+            metrics["policy/kl"] = totals["kl"] / totals["tokens"]
         stopping = stop_requested(stop, device)
-        if (args.eval_every and step % args.eval_every == 0) or step == args.steps:
-            metrics |= evaluate(step)
-        run.log(step, metrics)
+        if (args.eval_every and step % args.eval_every == 0 and not stopping) or step == args.steps:
+            scores, samples = evaluate()
+            metrics |= scores
+        run.log(step, metrics, samples)
         if step == args.steps or stopping or (args.save_every and step % args.save_every == 0):
             save_checkpoint(run, step, policy, optimizer)
         if stopping and step < args.steps:
@@ -605,6 +540,40 @@ def main(args: Args) -> dict:
 
     save_model(run, policy, tokenizer, stops, bfloat16)
     return run.finish(f"python grpo.py --resume {run.folder} --steps {2 * args.steps}")
+
+
+class Rollout:
+    """Completions of this process's prompts as rows: B = prompts × samples, T tokens, those of a prompt adjacent."""
+
+    def __init__(self, prompts: list[list[int]], groups: list[list[Completion]], device):
+        self.group_size = len(groups[0])
+        self.prompts = [prompt for prompt in prompts for _ in range(self.group_size)]
+        completions = [c for group in groups for c in group]
+        self.ids = [c.ids for c in completions]  # detail 2
+        self.old_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T]
+        self.mask = pad_rows([torch.ones(len(ids)) for ids in self.ids]).to(device)  # [B, T], detail 4
+        self.ref_logprobs = torch.zeros_like(self.old_logprobs)  # [B, T], filled where there is a reference
+
+    def rows_of(self, prompts: list[int]) -> list[int]:
+        return [p * self.group_size + g for p in sorted(prompts) for g in range(self.group_size)]
+
+    def microbatches(self, rows, max_tokens: int, device) -> list[tuple[list[int], float]]:
+        """`rows` in microbatches, each with its weight. A process with fewer of them than another repeats some with
+        weight zero: sharded weights are gathered by all processes together."""
+        rows = list(rows)
+        split = split_by_tokens([self.ids[i] for i in rows], max_tokens, [self.prompts[i] for i in rows])
+        parts = [([rows[j] for j in part], 1.0) for part in split]
+        rounds = int(reduce_over_processes([len(parts)], device, maximum=True)[0])
+        return parts + [([0], 0.0)] * (rounds - len(parts))
+
+
+def score_tokens(model, rollout: Rollout, rows: list[int], temperature: float, bfloat16: bool):
+    """Log-probabilities and entropies [b, T] of the completions in `rows` under `model`."""
+    device, width = rollout.mask.device, rollout.mask.shape[1]
+    packed = pack_completions([rollout.prompts[i] for i in rows], [rollout.ids[i] for i in rows])  # detail 9
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
+    return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
 
 
 def check_args(args: Args) -> None:
@@ -622,29 +591,30 @@ def check_args(args: Args) -> None:
         sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
 
 
-def rollout_metrics(rewards: dict, groups: list[list[Completion]], args: Args, device) -> dict:
+def rollout_metrics(rewards: dict, groups: list[list[Completion]], device) -> dict:
     """What a rollout tells about itself, over all processes."""
-    names = [name for name in rewards if name != "total"]
-    total = rewards["total"]
-    correct = rewards.get("answer", total)
+    total, correct = rewards["total"], rewards.get("answer", rewards["total"])
     completions = [c for group in groups for c in group]
     lengths = [len(c.ids) for c in completions]
-    stopped = sum(c.stopped for c in completions)
-    sums = [len(completions), len(groups), total.sum(), total.square().sum(), sum(lengths), stopped,
-            (correct > 0).all(1).sum(), (correct <= 0).all(1).sum()] + [rewards[n].sum() for n in names]  # fmt: skip
-    sums = reduce_over_processes([float(x) for x in sums], device)
-    count, prompts = sums[:2]
-    mean = sums[2] / count
+    sums = {
+        "prompts": len(groups), "completions": len(completions), "tokens": sum(lengths),
+        "stopped": sum(c.stopped for c in completions), "square": total.square().sum(),
+        "all_correct": (correct > 0).all(1).sum(), "all_wrong": (correct <= 0).all(1).sum(),
+        **{f"reward/{name}": values.sum() for name, values in rewards.items()},
+    }  # fmt: skip
+    sums = dict(zip(sums, reduce_over_processes([float(x) for x in sums.values()], device)))
+    count = sums["completions"]
+    mean = sums["reward/total"] / count
     return {
         "reward/mean": mean,
-        "reward/std": max(sums[3] / count - mean**2, 0.0) ** 0.5,
-        **{f"reward/{name}": value / count for name, value in zip(names, sums[8:])},
-        "groups/all_correct": sums[6] / prompts,
-        "groups/all_wrong": sums[7] / prompts,
-        "completions/length_mean": sums[4] / count,
-        "completions/length_max": reduce_over_processes([max(lengths)], device, maximum=[0])[0],
-        "completions/stopped_fraction": sums[5] / count,
-        "completions/truncated_fraction": 1 - sums[5] / count,
+        "reward/std": max(sums["square"] / count - mean**2, 0.0) ** 0.5,
+        **{f"reward/{name}": sums[f"reward/{name}"] / count for name in rewards if name != "total"},
+        "groups/all_correct": sums["all_correct"] / sums["prompts"],
+        "groups/all_wrong": sums["all_wrong"] / sums["prompts"],
+        "completions/length_mean": sums["tokens"] / count,
+        "completions/length_max": reduce_over_processes([max(lengths)], device, maximum=True)[0],
+        "completions/stopped_fraction": sums["stopped"] / count,
+        "completions/truncated_fraction": 1 - sums["stopped"] / count,
     }
 
 
@@ -654,53 +624,53 @@ def pad_rows(rows, width: int | None = None) -> torch.Tensor:
     return padded if width is None else F.pad(padded, (0, width - padded.shape[1]))
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Set `count` random rows aside for evaluation, but never more than a tenth."""
-    if len(rows) < 2:
-        sys.exit("one row is too few to hold any out for evaluation; give --eval-dataset or more rows.")
-    count = max(1, min(count, len(rows) // 10))
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(shuffled[:count])
-    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in shuffled[:count]]
+# =============================================================== plumbing: the same in every script, not the algorithm
 
 
-# ================================================================ plumbing: the same in every script, not the algorithm
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
     """The rows of a JSONL file, or of what `datasets.load_dataset` reads, all holding one of the sets of `columns`."""
-    path = Path(source)
+    path, rows = Path(source), []
+    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.suffix == ".jsonl" and path.is_file():
-        rows = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                row = json.loads(line) if line.strip() else None
+                rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 sys.exit(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}).")
-            if row is not None and not isinstance(row, dict):
-                sys.exit(f"{source}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            rows += [row] if row is not None else []
-    elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.exists():
+    elif path.suffix in (".jsonl", *kinds) and not path.exists():
         sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
     else:
         from datasets import load_dataset
 
-        kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
         try:
             if path.is_file() and path.suffix in kinds:
                 rows = load_dataset(kinds[path.suffix], data_files=source, split="train").to_list()
             else:
                 rows = load_dataset(source, subset, split=split).to_list()
         except Exception as error:  # datasets raises many kinds; all of them are about what the user named
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            sys.exit(f"--dataset {source}: it could not be loaded as a file, a folder or a Hub data set ({reason}).")
+            sys.exit(f"{source}: not a file, a folder or a Hub data set that can be reached ({first_line(error)}).")
     if not rows:
         sys.exit(f"{source}: no rows in it.")
     wanted = " or ".join(" + ".join(group) for group in columns)
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
     return rows
+
+
+def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+    if len(rows) < 2:
+        sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, min(count, len(rows) // 10))
+    return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
 
 
 def start_processes(device: str) -> tuple[torch.device, int, int]:
@@ -710,9 +680,7 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
         sys.exit(f"--device {device}: this machine or this build of PyTorch has no CUDA; use --device cpu or auto.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    chosen = torch.device(device)
+    chosen = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world > 1 else device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
@@ -720,73 +688,74 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
+def reduce_over_processes(values: list[float], device, maximum: bool = False) -> list[float]:
+    """Each value summed over all processes, or its maximum."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+    return tensor.tolist()
+
+
 def uses_bfloat16(dtype: str, device: torch.device) -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
 
 
 def load_config(path: str, trust_remote_code: bool):
-    """The configuration of the model at `path`, or a sentence saying why there is none."""
+    """The configuration of the model at `path`, dropout switched off."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        sys.exit(f"--model {path}: not a folder with a model, nor a Hub name that can be reached ({reason}).")
-
-
-def load_model(path: str, device, trust_remote_code: bool, from_scratch: bool = False, seed: int = 0):
-    """A causal language model in float32 without dropout, its attention decided by the layout of each batch."""
-    config = load_config(path, trust_remote_code)
+        sys.exit(f"--model {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
     for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
         setattr(config, name, 0.0)
+    return config
+
+
+def load_model(path: str, device, args, from_scratch: bool = False):
+    """A causal language model in float32, its attention decided by the layout of each batch."""
+    transformers_logging.disable_progress_bar()
+    config = load_config(path, args.trust_remote_code)
+    options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
     if from_scratch:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        torch.manual_seed(args.seed)
+        model = AutoModelForCausalLM.from_config(config, **options)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            sys.exit(f"--model {path}: no causal language model could be loaded from there ({reason}).")
+            sys.exit(f"--model {path}: no causal language model could be loaded from there ({first_line(error)}).")
     if model._supports_attention_backend:
         model.set_attn_implementation("layout")
-    return model.to(device).eval()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device).train(args.gradient_checkpointing)
 
 
 def shard(model, world: int, bfloat16: bool):
     """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
-    if world == 1:
-        return model
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
-    kinds = set(model._no_split_modules or [])
-    for module in [m for m in model.modules() if type(m).__name__ in kinds]:
-        fully_shard(module, **({"mp_policy": policy} if policy else {}))
-    fully_shard(model)
-    model.sharded_token_logprobs = partial(local_token_logprobs, model)
-    register_fsdp_forward_method(model, "sharded_token_logprobs")
+    if world > 1:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+        for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
+            fully_shard(module, mp_policy=policy)
+        fully_shard(model)
+        model.sharded_token_logprobs = partial(local_token_logprobs, model)
+        register_fsdp_forward_method(model, "sharded_token_logprobs")
     return model
 
 
-def reduce_over_processes(values: list[float], device, maximum: list[int] = ()) -> list[float]:
-    """Sum each value over all processes, or take its maximum where its index is in `maximum`."""
-    if not dist.is_initialized():
-        return [float(v) for v in values]
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    peaks = sums.clone()
-    dist.all_reduce(sums)
-    dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    return [float(peaks[i] if i in maximum else sums[i]) for i in range(len(values))]
-
-
-def clip_gradients(model, max_norm: float) -> float:
-    """Clip the global gradient norm; returns what it was before."""
+def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
+    """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
-    """Linear warm-up, then constant, linear or cosine decay to zero after the last step."""
+    """Linear warm-up, then constant, linear or cosine decay that reaches zero after the last step."""
     if step <= args.warmup_steps:
         return args.learning_rate * step / args.warmup_steps
     left = (steps - step + 1) / max(1, steps - args.warmup_steps)
@@ -798,8 +767,6 @@ def peak_memory_gb(device) -> float:
     """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -833,9 +800,9 @@ def resumed_args(args, script: str):
     for field in fields(args):
         given, kept = getattr(args, field.name), stored.get(field.name, field.default)
         kept = tuple(kept) if isinstance(kept, list) else kept
-        if given == field.default or field.name in ("resume", "output_dir"):
+        if given == field.default:
             setattr(args, field.name, kept)
-        elif field.name not in free and given != kept:
+        elif given != kept and field.name not in free | {"resume", "output_dir"}:
             flag = "--" + field.name.replace("_", "-")
             sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
     args.resume = args.output_dir = str(folder)
@@ -843,16 +810,16 @@ def resumed_args(args, script: str):
 
 
 class Run:
-    """The output folder of a run, and what the terminal shows of it."""
+    """The output folder of a run, and what the terminal shows of it: `shown` maps metrics to column titles."""
 
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
-        self.args, self.script, self.is_main, self.shown = args, script, rank == 0, shown
-        stamp = [datetime.now().strftime("%Y-%m-%d_%H%M%S_%f")[:-4]]
+        self.args, self.script, self.is_main, self.shown, self.last = args, script, rank == 0, shown, {}
+        self.baseline, self.bar, self.wandb = None, None, None
+        stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.output_dir or f"runs/{script}/{stamp[0]}")
-        self.last, self.bar, self.printed = {}, None, 0
-        if (self.folder / "args.json").exists() and not args.resume and not args.overwrite:
+        if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
             sys.exit(
                 f"{self.folder} already holds a run. Continue it with --resume {self.folder}, replace it with "
                 "--overwrite, or choose another --output-dir."
@@ -869,88 +836,43 @@ class Run:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
             link.symlink_to(self.folder.name)
-        from torch.utils.tensorboard import SummaryWriter
-
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        self.wandb = None
         if args.wandb_project:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args))
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows logged after `step`: a resumed run writes them again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            if self.is_main and path.exists():
-                rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-                path.write_text("".join(line + "\n" for line in rows))
-
-    def start(self, first: int, steps: int, baseline: dict) -> None:
-        self.baseline = baseline
-        if self.is_main:
-            self.bar = tqdm(total=steps, initial=first, desc=self.script, disable=None, leave=False)
-        if not first:
-            self.log(0, baseline)
-
-    def log(self, step: int, metrics: dict) -> None:
-        """One row in metrics.jsonl, TensorBoard and the terminal; the curves are redrawn after an evaluation."""
+    def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
+        """One row in metrics.jsonl, TensorBoard and (now and then) the terminal; with samples, new curves as well."""
         self.last |= metrics
         if not self.is_main:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_rows(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
+        append_rows(self.folder / "samples.jsonl", [{"step": step, **sample} for sample in samples])
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        if step:
-            self.bar.update(1)
-        has_evaluation = any(name.startswith("eval/") for name in metrics)
-        if step % 10 == 0 or has_evaluation:
-            if self.printed % 20 == 0:
-                self.bar.write("  step  " + "  ".join(f"{label:>14}" for label in self.shown.values()))
+        if self.bar is None:
+            self.bar = tqdm(initial=step, desc=self.script, unit="step", disable=None, leave=False)
+            self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in self.shown.values()))
+        self.bar.update(step - self.bar.n)
+        is_evaluation = any(name.startswith("eval/") for name in metrics)
+        if step % 10 == 0 or is_evaluation:
             cells = [f"{metrics[name]:14.4g}" if name in metrics else " " * 14 for name in self.shown]
             self.bar.write(f"{step:6d}  " + "  ".join(cells))
-            self.printed += 1
-        if has_evaluation:
-            self.writer.flush()
-            self.draw_curves()
-
-    def show_samples(self, step: int, samples: list[dict], count: int) -> None:
-        """Append an evaluation's samples to samples.jsonl and show the first `count` on the terminal."""
-        if not self.is_main:
-            return
-        with open(self.folder / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-        for sample in samples[:count]:
+        for sample in list(samples)[: self.args.log_samples]:
             text = " ⏎ ".join(sample["completion"].split("\n"))
-            tqdm.write(f"        reward {sample['reward']:.2f}  {sample['prompt']!r} → {text[:160]}")
-
-    def draw_curves(self) -> None:
-        """curves.png: one panel for each metric that the terminal shows."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        figure, axes = pyplot.subplots(1, len(self.shown), figsize=(3.6 * len(self.shown), 2.8), squeeze=False)
-        for axis, (name, label) in zip(axes[0], self.shown.items()):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), marker="o" if len(points) < 15 else None, ms=3) if points else None
-            axis.set(title=label, xlabel="step")
-            axis.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(self.folder / "curves.png", dpi=110)
-        pyplot.close(figure)
+            self.bar.write(f"        reward {sample['reward']:.2f}  {sample['prompt'][-60:]!r} → {text[:160]}")
+        if is_evaluation:
+            self.writer.flush()
+            draw_curves(self.folder, self.shown)
 
     def require_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
-            saved = newest_checkpoint(self.folder)
             sys.exit(
-                f"The loss is {loss} at step {step}: the run has diverged and stops before the weights are harmed. "
-                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {saved or 'none written yet'}."
+                f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. "
+                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(self.folder)}."
             )
 
     def stopped(self, step: int, number: int) -> None:
@@ -973,15 +895,38 @@ class Run:
         return self.last
 
 
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def draw_curves(folder: Path, shown: dict[str, str]) -> None:
+    """curves.png: one panel for each metric that the terminal shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    for axis, (name, title) in zip(axes[0], shown.items()):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+
+
 def stop_requested(caught: list[int], device) -> int:
     """The number of the signal that any process has caught, or 0."""
-    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=[0])[0])
+    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=True)[0])
 
 
 def fingerprint(model) -> str:
     """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
-    shapes = repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
-    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in model.named_parameters()]).encode()).hexdigest()[:16]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -994,17 +939,15 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
-    if final.exists():
-        return
     temporary = final.with_name(f".writing-{final.name}")
     try:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if run.is_main:
             about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
             (temporary / "state.json").write_text(json.dumps(about))
@@ -1012,40 +955,41 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = newest_checkpoint(run.folder)
-        sys.exit(f"The checkpoint of step {step} could not be written ({error}). Kept: {kept or 'none before it'}.")
+        sys.exit(f"The checkpoint of step {step} could not be written ({first_line(error)}). The last one is {kept}.")
 
 
 def load_checkpoint(run: Run, model, optimizer) -> int:
-    """Restore the newest checkpoint of a run; returns its step."""
+    """Restore the newest checkpoint of a run, drop what was logged after it, and return its step."""
     newest = newest_checkpoint(run.folder)
     if newest is None:
         sys.exit(f"--resume {run.folder}: the run ended before its first checkpoint; start it again with --overwrite.")
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
-        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than {run.args.model}.")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
+    weights, moments = get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last = about["baseline"], about["last"]
-    run.rewind(about["step"])
+    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
+        if run.is_main:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            path.unlink()
+            append_rows(path, [row for row in rows if row["step"] <= about["step"]])
     return about["step"]
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
     """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    if not run.is_main:
-        return
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    model.generation_config.eos_token_id = stops
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.dtype = dtype
-    model.save_pretrained(run.folder / "model", state_dict={k: v.to(dtype) for k, v in state.items()})
-    tokenizer.save_pretrained(run.folder / "model")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if run.is_main:
+        model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        model.generation_config.eos_token_id = stops
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        weights = {name: value.to(model.config.dtype) for name, value in state.items()}
+        model.save_pretrained(run.folder / "model", state_dict=weights)
+        tokenizer.save_pretrained(run.folder / "model")
 
 
 if __name__ == "__main__":

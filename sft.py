@@ -13,8 +13,8 @@ Papers: FLAN (arXiv:2109.01652, mixing), InstructGPT (arXiv:2203.02155), NEFTune
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --subset main     # one GPU
     torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen2.5-7B --dataset DATA        # many GPUs
 
-What to look at: `loss/train` falls fast, then slowly; `eval/loss` follows until the demonstrations are learned by heart,
-then turns up: stop there, or take fewer epochs. `eval/accuracy` is what the samples are worth and can keep rising
+What to look at: `loss/train` falls fast, then slowly; `eval/loss` follows until the demonstrations are learned by
+heart, then turns up: stop there, or take fewer epochs. `eval/accuracy` is what the samples are worth and can keep rising
 when the loss no longer falls. A `loss/train` near 0 on fresh data means that the mask is wrong.
 
 Implementation details that matter, each marked in the code and tested under its number:
@@ -34,6 +34,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -58,8 +59,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from common.generation import Sampler
 from common.kl import local_token_logprobs, token_logprobs
@@ -89,10 +92,10 @@ class Args:
     """split of a Hub data set"""
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = 512
     """rows with more tokens than this before the assistant's first are dropped"""
-    max_completion_tokens: int = 1024
-    """tokens from there on; rows are cut after them, and evaluation samples at most as many"""
+    max_completion_tokens: int = 128
+    """tokens from there on: rows are cut after them, evaluation samples at most as many; 1024 suits a real model"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
 
@@ -142,7 +145,7 @@ class Args:
     """steps between evaluations; 0 evaluates before and after only"""
     eval_rows: int = 128
     """held-out rows used"""
-    num_samples: int = 4
+    eval_samples: int = 4
     """completions sampled per question in evaluation, where rows have an answer"""
     temperature: float = 1.0
     """of those samples"""
@@ -191,6 +194,28 @@ def as_messages(value, role: str) -> list[dict]:
     return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
+def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
+    """Rows as questions: prompt ids, gold answer and the row itself. Prompts that are too long are dropped and counted.
+
+    A prompt that is plain text becomes a user's message where the tokenizer has a chat template.
+    """
+    questions = []
+    for row in rows:
+        prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
+        if tokenizer.chat_template or not isinstance(prompt, str):
+            messages = as_messages(prompt, "user")
+            ids = render_chat(tokenizer, messages, tools=row.get("tools"), generation_prompt=True).ids
+        else:
+            ids = encode_text(tokenizer, prompt)
+        if 0 < len(ids) <= max_tokens:
+            questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
+    if len(questions) < len(rows):
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: longer than {max_tokens} tokens.")
+    if rows and not questions:
+        sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
+    return questions
+
+
 def row_messages(row: dict) -> tuple[list[dict], list[dict]]:
     """The messages of a row up to its last assistant turn, and that turn."""
     if "messages" in row:
@@ -220,9 +245,9 @@ def render_row(tokenizer, row: dict, loss_on: str) -> Segment:
     return Segment(ids, mask)
 
 
-def render_rows(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> tuple[list[Segment], list[dict]]:
+def render_rows(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> list[Segment]:
     """Render all rows; those too long or without a trained token are dropped, cut ones are kept, all are counted."""
-    segments, kept = [], []
+    segments = []
     too_long = cut = empty = 0
     limit = min(args.max_prompt_tokens + args.max_completion_tokens, context)
     for row in tqdm(rows, desc=f"tokenising {Path(source).name}", leave=False, disable=len(rows) < 2000):
@@ -238,16 +263,15 @@ def render_rows(tokenizer, rows: list[dict], source: str, args: Args, context: i
             empty += 1
             continue
         segments.append(Segment(ids, mask))
-        kept.append(row)
     if too_long or cut or empty:
         print(
             f"{source}: {too_long} rows dropped because their prompt is longer than --max-prompt-tokens "
             f"{args.max_prompt_tokens} or the model's context of {context}, {empty} dropped because no token of them "
-            f"is trained, {cut} cut after --max-completion-tokens {args.max_completion_tokens}; {len(kept)} kept."
+            f"is trained, {cut} cut after --max-completion-tokens {args.max_completion_tokens}; {len(segments)} kept."
         )
-    if not kept:
+    if not segments:
         sys.exit(f"{source}: no row is left to train on (see the line above for what was dropped and why).")
-    return segments, kept
+    return segments
 
 
 def training_order(sizes: list[int], weights: list[float], draws: int, seed: int) -> list[tuple[int, int]]:
@@ -295,42 +319,36 @@ def is_correct(text: str, gold: str) -> bool:
 
 
 @torch.no_grad()
-def evaluate_answers(
-    sampler, tokenizer, questions, budget: int, samples: int, temperature: float, seed: int, rank: int, world: int
-) -> tuple[dict, list[dict]]:
-    """Gold accuracy on held-out questions: mean of `samples` at the training temperature, and greedy.
+def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict]]:
+    """Gold accuracy on held-out questions: mean of `args.eval_samples` at the training temperature, and greedy.
 
-    Returns metrics, and a sample of every question for the log.
+    Returns the metrics over all processes, and one sample of each of this process's questions for the log.
     """
-    mine = questions[rank::world]
-    prompts = [q["ids"] for q in mine]
-    total = len(prompts) * (samples + 1)
-    with tqdm(total=total, desc="evaluating", leave=False, disable=None if rank == 0 else True) as bar:
-        indices = list(range(rank, len(questions), world))
-        sampled = sampler.generate(prompts, budget, samples, temperature, seed, indices, bar.update)
-        greedy = sampler.generate(prompts, budget, 1, temperature=0.0, progress=bar.update)
-    shown, right, length, cut = [], 0, 0, 0
-    for question, group in zip(mine, sampled):
-        for k, completion in enumerate(group):
-            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-            correct = is_correct(text, question["gold"])
-            right += correct
-            length += len(completion.ids)
-            cut += not completion.stopped
-            if k == 0:
-                prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
-                shown.append({"prompt": prompt, "completion": text, "reward": float(correct), "gold": question["gold"]})
-    greedy_right = sum(
-        is_correct(tokenizer.decode(g[0].ids, skip_special_tokens=True), q["gold"]) for q, g in zip(mine, greedy)
-    )
-    sums = [right, length, cut, sum(map(len, sampled)), greedy_right, len(mine)]
-    right, length, cut, count, greedy_right, asked = reduce_over_processes(sums, sampler.device)
+    mine, indices = questions[rank::world], list(range(rank, len(questions), world))
+    prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
+    with tqdm(total=len(mine) * (args.eval_samples + 1), desc="evaluating", leave=False, disable=None) as bar:
+        sampled = sampler.generate(
+            prompts, budget, args.eval_samples, args.temperature, args.seed, indices, progress=bar.update
+        )
+        greedy = sampler.generate(prompts, budget, temperature=0.0, progress=bar.update)
+    sums = {"right": 0, "right_greedy": 0, "length": 0, "cut": 0, "sampled": 0, "asked": len(mine)}
+    for question, group, best in zip(mine, sampled, greedy):
+        texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in [*group, *best]]
+        *right, right_greedy = [is_correct(text, question["gold"]) for text in texts]
+        sums["right"] += sum(right)
+        sums["right_greedy"] += right_greedy
+        sums["length"] += sum(len(c.ids) for c in group)
+        sums["cut"] += sum(not c.stopped for c in group)
+        sums["sampled"] += len(group)
+        prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": question["gold"]})
+    sums = dict(zip(sums, reduce_over_processes(list(sums.values()), sampler.device)))
     return {
-        "eval/accuracy": right / count,
-        "eval/accuracy_greedy": greedy_right / asked,
-        "eval/completion_length": length / count,
-        "eval/truncated_fraction": cut / count,
-    }, shown
+        "eval/accuracy": sums["right"] / sums["sampled"],
+        "eval/accuracy_greedy": sums["right_greedy"] / sums["asked"],
+        "eval/completion_length": sums["length"] / sums["sampled"],
+        "eval/truncated_fraction": sums["cut"] / sums["sampled"],
+    }, samples
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -354,95 +372,87 @@ def main(args: Args) -> dict:
     context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
     if len(sources) > 1:
         sources = [rows[: args.mixture_rows] for rows in sources]
-    rendered = [
-        render_rows(tokenizer, rows, name, args, context)[0] for name, rows in zip(args.dataset, sources, strict=True)
-    ]
-    held_out_segments, held_out = render_rows(tokenizer, held_out, held_out_source, args, context)
-    questions = answerable(tokenizer, held_out)
+    rendered = [render_rows(tokenizer, rows, name, args, context) for name, rows in zip(args.dataset, sources)]
+    held_out_segments = render_rows(tokenizer, held_out, held_out_source, args, context)
+    # Questions whose answer can be checked are sampled as well, if a completion fits behind them.
+    questions = [row for row in held_out if isinstance(row.get("answer"), str) and "messages" not in row]
+    room = min(args.max_prompt_tokens, context - args.max_completion_tokens)
+    questions = encode_prompts(tokenizer, questions, held_out_source, room) if room > 0 else []
 
-    rows_in_all = sum(map(len, rendered))
-    steps = args.steps or max(1, math.ceil(args.epochs * rows_in_all / args.batch_size))
+    steps = args.steps or max(1, math.ceil(args.epochs * sum(map(len, rendered)) / args.batch_size))
     weights = mixture_weights([len(r) for r in rendered], args.mixture_cap)  # detail 5
     order = training_order([len(r) for r in rendered], weights, steps * args.batch_size, args.seed)
 
     # Model, optimizer, run folder.
-    model = load_model(args.model, device, args.trust_remote_code, args.from_scratch, args.seed)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
     bfloat16 = uses_bfloat16(args.dtype, device)
+    model = load_model(args.model, device, args, args.from_scratch)
     stops = stop_token_ids(tokenizer, model)
     model = shard(model, world, bfloat16)
     sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32) if questions else None
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
-    run = Run(args, "sft", rank, {"loss/train": "loss", "eval/loss": "held-out loss", "eval/accuracy": "accuracy"})
-    first = load_checkpoint(run, model, optimizer) if args.resume else 0
-    if first >= steps > 0 and args.resume:
-        sys.exit(f"{run.folder} has already done its {steps} steps; give --steps or --epochs beyond that to go on.")
-    neftune = {"lengths": None}
+    noise_lengths: list[torch.Tensor] = []  # holds the document lengths of a microbatch while it is trained on
     if args.neftune_alpha:
-        add_neftune(model, neftune, args.neftune_alpha)
+        add_neftune(model, noise_lengths, args.neftune_alpha)
+    run = Run(args, "sft", rank, {"loss/train": "loss", "eval/loss": "held-out loss", "eval/accuracy": "accuracy"})
 
-    def evaluate(step: int) -> dict:
-        metrics = {"eval/loss": evaluate_loss(model, held_out_segments, args, device, rank, world, bfloat16)}
-        if sampler:
-            sampler.sync()
-            budget = min(args.max_completion_tokens, context - max(len(q["ids"]) for q in questions))
-            scores, samples = evaluate_answers(
-                sampler, tokenizer, questions, budget, args.num_samples, args.temperature, args.seed, rank, world
-            )
-            run.show_samples(step, samples, args.log_samples)
-            metrics |= scores
-        return metrics
+    def evaluate() -> tuple[dict, list[dict]]:
+        loss = evaluate_loss(model, held_out_segments, args, device, rank, world, bfloat16)
+        if sampler is None:
+            return {"eval/loss": loss}, []
+        sampler.sync()
+        scores, samples = evaluate_answers(sampler, tokenizer, questions, args, rank, world)
+        return {"eval/loss": loss, **scores}, samples
 
-    baseline = run.baseline if args.resume else evaluate(0)
-    run.start(first, steps, baseline)
+    if args.resume:
+        first = load_checkpoint(run, model, optimizer)
+        if first >= steps:
+            sys.exit(f"{run.folder} has already done its {steps} steps; give more --steps or --epochs to go on.")
+    else:
+        first, (run.baseline, samples) = 0, evaluate()
+        run.log(0, run.baseline, samples)
+
     for step in range(first + 1, steps + 1):
         began = time.perf_counter()
         torch.manual_seed(args.seed * 1_000_003 + step * 1009 + rank)  # detail 7
         batch = [rendered[k][i] for k, i in order[(step - 1) * args.batch_size : step * args.batch_size]][rank::world]
-        groups = split_by_tokens([s.ids for s in batch], args.microbatch_tokens)
-        packed = [pack([batch[i] for i in group]).to(device) for group in groups]  # detail 3
-        scored = sum(len(p.targets) for p in packed)
-        total_tokens, trained_tokens, rounds = reduce_over_processes(
-            [scored, sum(p.ids.numel() for p in packed), len(packed)], device, maximum=[2]
-        )
+        parts = split_by_tokens([s.ids for s in batch], args.microbatch_tokens)
+        packed = [pack([batch[i] for i in part]).to(device) for part in parts]  # detail 3
+        counts = [sum(len(p.targets) for p in packed), sum(p.ids.numel() for p in packed)]
+        total_targets, total_tokens = reduce_over_processes(counts, device)
+        rounds = int(reduce_over_processes([len(packed)], device, maximum=True)[0])
 
-        # Every process runs as many forwards as the busiest, since sharded weights are gathered together; a spare
-        # one repeats a microbatch with weight zero.
-        nll = 0.0
-        for i in range(int(rounds)):
-            micro = packed[i] if i < len(packed) else spare_microbatch(packed, rendered, device)
-            neftune["lengths"] = micro.document_lengths
+        total_loss = 0.0
+        for i in range(rounds):
+            # A process with fewer microbatches than another repeats its last with weight zero: sharded weights are
+            # gathered by all processes together.
+            micro, weight = packed[min(i, len(packed) - 1)], float(i < len(packed))
+            noise_lengths[:] = [micro.document_lengths]
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 logprobs, _ = token_logprobs(model, micro, packing=args.packing)
-            loss = sft_loss(logprobs, total_tokens) * (i < len(packed))
+            loss = sft_loss(logprobs, total_targets) * weight
             (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
-            nll += loss.detach()
-        neftune["lengths"] = None
+            total_loss += float(loss)
+        noise_lengths.clear()
 
-        loss = reduce_over_processes([float(nll)], device)[0]
-        run.require_finite(step, loss)
+        total_loss = reduce_over_processes([total_loss], device)[0]
+        run.require_finite(step, total_loss)
         rate = learning_rate_at(step, steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        grad_norm = clip_gradients(model, args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = optimizer_step(model, optimizer, args.max_grad_norm, rate)
 
         elapsed = time.perf_counter() - began
-        metrics = {
-            "loss/train": loss,
+        metrics, samples = {
+            "loss/train": total_loss,
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": rate,
-            "throughput/tokens_per_second": trained_tokens / elapsed,
+            "throughput/tokens_per_second": total_tokens / elapsed,
             "time/step": elapsed,
             "memory/peak_gb": peak_memory_gb(device),
-        }
+        }, []
         stopping = stop_requested(stop, device)
-        if (args.eval_every and step % args.eval_every == 0) or step == steps:
-            metrics |= evaluate(step)
-        run.log(step, metrics)
+        if (args.eval_every and step % args.eval_every == 0 and not stopping) or step == steps:
+            scores, samples = evaluate()
+            metrics |= scores
+        run.log(step, metrics, samples)
         if step == steps or stopping or (args.save_every and step % args.save_every == 0):
             save_checkpoint(run, step, model, optimizer)
         if stopping and step < steps:
@@ -454,8 +464,8 @@ def main(args: Args) -> dict:
 
 def check_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
-    if args.batch_size < 1 or args.microbatch_tokens < 1 or args.num_samples < 1:
-        sys.exit("--batch-size, --microbatch-tokens and --num-samples must be at least 1.")
+    if args.batch_size < 1 or args.microbatch_tokens < 1 or args.eval_samples < 1:
+        sys.exit("--batch-size, --microbatch-tokens and --eval-samples must be at least 1.")
     if args.neftune_alpha and not args.packing:
         sys.exit("--neftune-alpha needs packed documents, whose lengths it scales with; leave --packing on.")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -463,44 +473,13 @@ def check_args(args: Args) -> None:
         sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Set `count` random rows aside for evaluation, but never more than a tenth."""
-    if len(rows) < 2:
-        sys.exit("one row is too few to hold any out for evaluation; give --eval-dataset or more rows.")
-    count = max(1, min(count, len(rows) // 10))
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(shuffled[:count])
-    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in shuffled[:count]]
-
-
-def answerable(tokenizer, rows: list[dict]) -> list[dict]:
-    """Questions for sampled accuracy: the rows whose `answer` can be checked, as prompt ids and gold answer."""
-    if not tokenizer.chat_template:
-        return []
-    questions = []
-    for row in rows:
-        if isinstance(row.get("answer"), str) and ("prompt" in row or "question" in row):
-            prompt = as_messages(row.get("prompt", row.get("question")), "user")
-            questions.append(
-                {"ids": render_chat(tokenizer, prompt, generation_prompt=True).ids, "gold": row["answer"], "row": row}
-            )
-    return questions
-
-
-def add_neftune(model, state: dict, alpha: float) -> None:
-    """Add NEFTune's noise to what the embedding layer returns while `state["lengths"]` holds a row's lengths."""
+def add_neftune(model, lengths: list[torch.Tensor], alpha: float) -> None:
+    """Add NEFTune's noise to what the embedding layer returns while `lengths` holds a row's document lengths."""
 
     def add_noise(module, inputs, output):
-        if state["lengths"] is None:
-            return output
-        return output + neftune_noise(state["lengths"], output.shape[-1], alpha).to(output.dtype)
+        return output + neftune_noise(lengths[0], output.shape[-1], alpha).to(output.dtype) if lengths else output
 
     model.get_input_embeddings().register_forward_hook(add_noise)
-
-
-def spare_microbatch(packed: list, rendered: list[list[Segment]], device):
-    """Something to run a forward on that counts for nothing: this process's first microbatch, or any document."""
-    return packed[0] if packed else pack([rendered[0][0]]).to(device)
 
 
 @torch.no_grad()
@@ -508,7 +487,7 @@ def evaluate_loss(model, segments: list[Segment], args: Args, device, rank: int,
     """Mean negative log-likelihood per trained token of the held-out rows, over all processes."""
     mine = segments[rank::world]
     groups = split_by_tokens([s.ids for s in mine], args.microbatch_tokens)
-    rounds = int(reduce_over_processes([len(groups)], device, maximum=[0])[0])
+    rounds = int(reduce_over_processes([len(groups)], device, maximum=True)[0])
     nll, count = 0.0, 0
     for i in range(rounds):
         micro = pack([mine[j] for j in groups[i]] if i < len(groups) else segments[:1]).to(device)
@@ -521,43 +500,53 @@ def evaluate_loss(model, segments: list[Segment], args: Args, device, rank: int,
     return nll / max(count, 1)
 
 
-# ================================================================ plumbing: the same in every script, not the algorithm
+# =============================================================== plumbing: the same in every script, not the algorithm
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
     """The rows of a JSONL file, or of what `datasets.load_dataset` reads, all holding one of the sets of `columns`."""
-    path = Path(source)
+    path, rows = Path(source), []
+    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.suffix == ".jsonl" and path.is_file():
-        rows = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                row = json.loads(line) if line.strip() else None
+                rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 sys.exit(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}).")
-            if row is not None and not isinstance(row, dict):
-                sys.exit(f"{source}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            rows += [row] if row is not None else []
-    elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.exists():
+    elif path.suffix in (".jsonl", *kinds) and not path.exists():
         sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
     else:
         from datasets import load_dataset
 
-        kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
         try:
             if path.is_file() and path.suffix in kinds:
                 rows = load_dataset(kinds[path.suffix], data_files=source, split="train").to_list()
             else:
                 rows = load_dataset(source, subset, split=split).to_list()
         except Exception as error:  # datasets raises many kinds; all of them are about what the user named
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            sys.exit(f"--dataset {source}: it could not be loaded as a file, a folder or a Hub data set ({reason}).")
+            sys.exit(f"{source}: not a file, a folder or a Hub data set that can be reached ({first_line(error)}).")
     if not rows:
         sys.exit(f"{source}: no rows in it.")
     wanted = " or ".join(" + ".join(group) for group in columns)
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
     return rows
+
+
+def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+    if len(rows) < 2:
+        sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, min(count, len(rows) // 10))
+    return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
 
 
 def start_processes(device: str) -> tuple[torch.device, int, int]:
@@ -567,9 +556,7 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
         sys.exit(f"--device {device}: this machine or this build of PyTorch has no CUDA; use --device cpu or auto.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    chosen = torch.device(device)
+    chosen = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world > 1 else device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
@@ -577,73 +564,74 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
+def reduce_over_processes(values: list[float], device, maximum: bool = False) -> list[float]:
+    """Each value summed over all processes, or its maximum."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+    return tensor.tolist()
+
+
 def uses_bfloat16(dtype: str, device: torch.device) -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
 
 
 def load_config(path: str, trust_remote_code: bool):
-    """The configuration of the model at `path`, or a sentence saying why there is none."""
+    """The configuration of the model at `path`, dropout switched off."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        sys.exit(f"--model {path}: not a folder with a model, nor a Hub name that can be reached ({reason}).")
-
-
-def load_model(path: str, device, trust_remote_code: bool, from_scratch: bool = False, seed: int = 0):
-    """A causal language model in float32 without dropout, its attention decided by the layout of each batch."""
-    config = load_config(path, trust_remote_code)
+        sys.exit(f"--model {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
     for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
         setattr(config, name, 0.0)
+    return config
+
+
+def load_model(path: str, device, args, from_scratch: bool = False):
+    """A causal language model in float32, its attention decided by the layout of each batch."""
+    transformers_logging.disable_progress_bar()
+    config = load_config(path, args.trust_remote_code)
+    options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
     if from_scratch:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        torch.manual_seed(args.seed)
+        model = AutoModelForCausalLM.from_config(config, **options)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            sys.exit(f"--model {path}: no causal language model could be loaded from there ({reason}).")
+            sys.exit(f"--model {path}: no causal language model could be loaded from there ({first_line(error)}).")
     if model._supports_attention_backend:
         model.set_attn_implementation("layout")
-    return model.to(device).eval()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device).train(args.gradient_checkpointing)
 
 
 def shard(model, world: int, bfloat16: bool):
     """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
-    if world == 1:
-        return model
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
-    kinds = set(model._no_split_modules or [])
-    for module in [m for m in model.modules() if type(m).__name__ in kinds]:
-        fully_shard(module, **({"mp_policy": policy} if policy else {}))
-    fully_shard(model)
-    model.sharded_token_logprobs = partial(local_token_logprobs, model)
-    register_fsdp_forward_method(model, "sharded_token_logprobs")
+    if world > 1:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+        for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
+            fully_shard(module, mp_policy=policy)
+        fully_shard(model)
+        model.sharded_token_logprobs = partial(local_token_logprobs, model)
+        register_fsdp_forward_method(model, "sharded_token_logprobs")
     return model
 
 
-def reduce_over_processes(values: list[float], device, maximum: list[int] = ()) -> list[float]:
-    """Sum each value over all processes, or take its maximum where its index is in `maximum`."""
-    if not dist.is_initialized():
-        return [float(v) for v in values]
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    peaks = sums.clone()
-    dist.all_reduce(sums)
-    dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    return [float(peaks[i] if i in maximum else sums[i]) for i in range(len(values))]
-
-
-def clip_gradients(model, max_norm: float) -> float:
-    """Clip the global gradient norm; returns what it was before."""
+def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
+    """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
-    """Linear warm-up, then constant, linear or cosine decay to zero after the last step."""
+    """Linear warm-up, then constant, linear or cosine decay that reaches zero after the last step."""
     if step <= args.warmup_steps:
         return args.learning_rate * step / args.warmup_steps
     left = (steps - step + 1) / max(1, steps - args.warmup_steps)
@@ -655,8 +643,6 @@ def peak_memory_gb(device) -> float:
     """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -690,9 +676,9 @@ def resumed_args(args, script: str):
     for field in fields(args):
         given, kept = getattr(args, field.name), stored.get(field.name, field.default)
         kept = tuple(kept) if isinstance(kept, list) else kept
-        if given == field.default or field.name in ("resume", "output_dir"):
+        if given == field.default:
             setattr(args, field.name, kept)
-        elif field.name not in free and given != kept:
+        elif given != kept and field.name not in free | {"resume", "output_dir"}:
             flag = "--" + field.name.replace("_", "-")
             sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
     args.resume = args.output_dir = str(folder)
@@ -700,16 +686,16 @@ def resumed_args(args, script: str):
 
 
 class Run:
-    """The output folder of a run, and what the terminal shows of it."""
+    """The output folder of a run, and what the terminal shows of it: `shown` maps metrics to column titles."""
 
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
-        self.args, self.script, self.is_main, self.shown = args, script, rank == 0, shown
-        stamp = [datetime.now().strftime("%Y-%m-%d_%H%M%S_%f")[:-4]]
+        self.args, self.script, self.is_main, self.shown, self.last = args, script, rank == 0, shown, {}
+        self.baseline, self.bar, self.wandb = None, None, None
+        stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.output_dir or f"runs/{script}/{stamp[0]}")
-        self.last, self.bar, self.printed = {}, None, 0
-        if (self.folder / "args.json").exists() and not args.resume and not args.overwrite:
+        if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
             sys.exit(
                 f"{self.folder} already holds a run. Continue it with --resume {self.folder}, replace it with "
                 "--overwrite, or choose another --output-dir."
@@ -726,88 +712,43 @@ class Run:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
             link.symlink_to(self.folder.name)
-        from torch.utils.tensorboard import SummaryWriter
-
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        self.wandb = None
         if args.wandb_project:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args))
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows logged after `step`: a resumed run writes them again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            if self.is_main and path.exists():
-                rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-                path.write_text("".join(line + "\n" for line in rows))
-
-    def start(self, first: int, steps: int, baseline: dict) -> None:
-        self.baseline = baseline
-        if self.is_main:
-            self.bar = tqdm(total=steps, initial=first, desc=self.script, disable=None, leave=False)
-        if not first:
-            self.log(0, baseline)
-
-    def log(self, step: int, metrics: dict) -> None:
-        """One row in metrics.jsonl, TensorBoard and the terminal; the curves are redrawn after an evaluation."""
+    def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
+        """One row in metrics.jsonl, TensorBoard and (now and then) the terminal; with samples, new curves as well."""
         self.last |= metrics
         if not self.is_main:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_rows(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
+        append_rows(self.folder / "samples.jsonl", [{"step": step, **sample} for sample in samples])
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        if step:
-            self.bar.update(1)
-        has_evaluation = any(name.startswith("eval/") for name in metrics)
-        if step % 10 == 0 or has_evaluation:
-            if self.printed % 20 == 0:
-                self.bar.write("  step  " + "  ".join(f"{label:>14}" for label in self.shown.values()))
+        if self.bar is None:
+            self.bar = tqdm(initial=step, desc=self.script, unit="step", disable=None, leave=False)
+            self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in self.shown.values()))
+        self.bar.update(step - self.bar.n)
+        is_evaluation = any(name.startswith("eval/") for name in metrics)
+        if step % 10 == 0 or is_evaluation:
             cells = [f"{metrics[name]:14.4g}" if name in metrics else " " * 14 for name in self.shown]
             self.bar.write(f"{step:6d}  " + "  ".join(cells))
-            self.printed += 1
-        if has_evaluation:
-            self.writer.flush()
-            self.draw_curves()
-
-    def show_samples(self, step: int, samples: list[dict], count: int) -> None:
-        """Append an evaluation's samples to samples.jsonl and show the first `count` on the terminal."""
-        if not self.is_main:
-            return
-        with open(self.folder / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-        for sample in samples[:count]:
+        for sample in list(samples)[: self.args.log_samples]:
             text = " ⏎ ".join(sample["completion"].split("\n"))
-            tqdm.write(f"        reward {sample['reward']:.2f}  {sample['prompt']!r} → {text[:160]}")
-
-    def draw_curves(self) -> None:
-        """curves.png: one panel for each metric that the terminal shows."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        figure, axes = pyplot.subplots(1, len(self.shown), figsize=(3.6 * len(self.shown), 2.8), squeeze=False)
-        for axis, (name, label) in zip(axes[0], self.shown.items()):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), marker="o" if len(points) < 15 else None, ms=3) if points else None
-            axis.set(title=label, xlabel="step")
-            axis.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(self.folder / "curves.png", dpi=110)
-        pyplot.close(figure)
+            self.bar.write(f"        reward {sample['reward']:.2f}  {sample['prompt'][-60:]!r} → {text[:160]}")
+        if is_evaluation:
+            self.writer.flush()
+            draw_curves(self.folder, self.shown)
 
     def require_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
-            saved = newest_checkpoint(self.folder)
             sys.exit(
-                f"The loss is {loss} at step {step}: the run has diverged and stops before the weights are harmed. "
-                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {saved or 'none written yet'}."
+                f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. "
+                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(self.folder)}."
             )
 
     def stopped(self, step: int, number: int) -> None:
@@ -830,15 +771,38 @@ class Run:
         return self.last
 
 
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def draw_curves(folder: Path, shown: dict[str, str]) -> None:
+    """curves.png: one panel for each metric that the terminal shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    for axis, (name, title) in zip(axes[0], shown.items()):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+
+
 def stop_requested(caught: list[int], device) -> int:
     """The number of the signal that any process has caught, or 0."""
-    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=[0])[0])
+    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=True)[0])
 
 
 def fingerprint(model) -> str:
     """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
-    shapes = repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
-    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in model.named_parameters()]).encode()).hexdigest()[:16]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -851,17 +815,15 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
-    if final.exists():
-        return
     temporary = final.with_name(f".writing-{final.name}")
     try:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if run.is_main:
             about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
             (temporary / "state.json").write_text(json.dumps(about))
@@ -869,40 +831,41 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = newest_checkpoint(run.folder)
-        sys.exit(f"The checkpoint of step {step} could not be written ({error}). Kept: {kept or 'none before it'}.")
+        sys.exit(f"The checkpoint of step {step} could not be written ({first_line(error)}). The last one is {kept}.")
 
 
 def load_checkpoint(run: Run, model, optimizer) -> int:
-    """Restore the newest checkpoint of a run; returns its step."""
+    """Restore the newest checkpoint of a run, drop what was logged after it, and return its step."""
     newest = newest_checkpoint(run.folder)
     if newest is None:
         sys.exit(f"--resume {run.folder}: the run ended before its first checkpoint; start it again with --overwrite.")
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
-        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than {run.args.model}.")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
+    weights, moments = get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last = about["baseline"], about["last"]
-    run.rewind(about["step"])
+    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
+        if run.is_main:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            path.unlink()
+            append_rows(path, [row for row in rows if row["step"] <= about["step"]])
     return about["step"]
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
     """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    if not run.is_main:
-        return
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    model.generation_config.eos_token_id = stops
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.dtype = dtype
-    model.save_pretrained(run.folder / "model", state_dict={k: v.to(dtype) for k, v in state.items()})
-    tokenizer.save_pretrained(run.folder / "model")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if run.is_main:
+        model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        model.generation_config.eos_token_id = stops
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        weights = {name: value.to(model.config.dtype) for name, value in state.items()}
+        model.save_pretrained(run.folder / "model", state_dict=weights)
+        tokenizer.save_pretrained(run.folder / "model")
 
 
 if __name__ == "__main__":
