@@ -312,7 +312,7 @@ def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) ->
         if 0 < len(ids) <= max_tokens:
             questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
     if len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: longer than {max_tokens} tokens.")
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
         sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
     return questions
@@ -433,8 +433,8 @@ def main(args: Args) -> dict:
     scorer = load_reward_model(args.reward_model, device, args.trust_remote_code) if args.reward_model else None
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
-    shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL", "eval/accuracy": "accuracy"}
-    run = Run(args, "grpo", rank, shown)
+    shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL"}
+    run = Run(args, "grpo", rank, {**shown, "eval/accuracy": "accuracy"})
 
     def evaluate() -> tuple[dict, list[dict]]:
         sampler.sync()
@@ -493,7 +493,8 @@ def main(args: Args) -> dict:
                     (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
                     with torch.no_grad():
                         log_ratio = (logprobs - old_logprobs) * mask
-                        outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                        better = advantages[part][:, None] > 0  # the bound that binds depends on the advantage's sign
+                        outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
                         ratio_max = max(ratio_max, float((ratio * mask).max()))
                         totals["loss"] += float(loss)
                         totals["tokens"] += float(mask.sum())
@@ -987,7 +988,8 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
         model.generation_config.eos_token_id = stops
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        weights = {name: value.to(model.config.dtype) for name, value in state.items()}
+        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+        weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
         model.save_pretrained(run.folder / "model", state_dict=weights)
         tokenizer.save_pretrained(run.folder / "model")
 

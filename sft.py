@@ -14,8 +14,8 @@ Papers: FLAN (arXiv:2109.01652, mixing), InstructGPT (arXiv:2203.02155), NEFTune
     torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen2.5-7B --dataset DATA        # many GPUs
 
 What to look at: `loss/train` falls fast, then slowly; `eval/loss` follows until the demonstrations are learned by
-heart, then turns up: stop there, or take fewer epochs. `eval/accuracy` is what the samples are worth and can keep rising
-when the loss no longer falls. A `loss/train` near 0 on fresh data means that the mask is wrong.
+heart, then turns up: stop there, or take fewer epochs. `eval/accuracy` is what the samples are worth and can keep
+rising when the loss no longer falls. A `loss/train` near 0 on fresh data means that the mask is wrong.
 
 Implementation details that matter, each marked in the code and tested under its number:
  1. The mask comes from the rendered conversation's spans, not from re-tokenised pieces or pad ids.
@@ -210,7 +210,7 @@ def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) ->
         if 0 < len(ids) <= max_tokens:
             questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
     if len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: longer than {max_tokens} tokens.")
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
         sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
     return questions
@@ -863,7 +863,8 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
         model.generation_config.eos_token_id = stops
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        weights = {name: value.to(model.config.dtype) for name, value in state.items()}
+        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+        weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
         model.save_pretrained(run.folder / "model", state_dict=weights)
         tokenizer.save_pretrained(run.folder / "model")
 

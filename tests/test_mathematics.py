@@ -1,0 +1,345 @@
+"""Formulas against known answers, exact enumeration and TRL. Numbers in names are ALGORITHMS' cases or details."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+import sft
+from common import kl
+from common.kl import AdaptiveKLController, head_logprobs, kl_estimate, masked_mean, whiten
+
+
+def close(value, expected, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(value).float(), torch.tensor(expected).float(), atol=tolerance, rtol=0)
+
+
+def identity_head(vocabulary: int) -> torch.nn.Linear:
+    head = torch.nn.Linear(vocabulary, vocabulary, bias=False)
+    head.weight.data = torch.eye(vocabulary)
+    return head
+
+
+# ---------------------------------------------------------------------------------------------- log-probabilities
+
+
+def test_t1_temperature_divides_logits():
+    logprobs, _ = head_logprobs(identity_head(2), torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 0.5)
+    close(logprobs, [-0.126928])
+
+
+def test_head_in_chunks_equals_full_softmax_with_gradients(monkeypatch):
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(8, 50), torch.randint(50, (37,))
+    hidden = torch.randn(37, 8, requires_grad=True)
+    upstream = torch.randn(37)
+    expected = (head(hidden) / 0.7).log_softmax(-1)
+    (expected.gather(1, targets[:, None])[:, 0] * upstream).sum().backward()
+    reference = hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()
+    hidden.grad = None
+    head.zero_grad()
+    real = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, rows, dim=0: real(x, 5, dim))  # several chunks
+    logprobs, entropy = head_logprobs(head, hidden, targets, 0.7)
+    (logprobs * upstream).sum().backward()
+    torch.testing.assert_close(logprobs, expected.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
+    for found, wanted in zip((hidden.grad, head.weight.grad, head.bias.grad), reference):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_head_never_holds_all_logits():
+    """Peak extra memory of scoring does not grow with rows × vocabulary: the saved tensors are small."""
+    head, hidden = torch.nn.Linear(4, 30_000, bias=False), torch.randn(2000, 4, requires_grad=True)
+    saved = 0
+
+    def pack(tensor):
+        nonlocal saved
+        saved += tensor.numel() if tensor.data_ptr() != head.weight.data_ptr() else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        head_logprobs(head, hidden, torch.zeros(2000, dtype=torch.long))
+    assert saved < 2000 * 30_000 / 100
+
+
+# ---------------------------------------------------------------------------------------------- KL
+
+
+P, REF = torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5])
+
+
+def test_t3_kl_values_by_enumeration():
+    logp, logr = P.log(), REF.log()
+    expected = {name: float((P * kl_estimate(logp, logr, name)).sum()) for name in ("k1", "k2", "k3")}
+    close(expected["k1"], 0.130812)
+    close(expected["k3"], 0.130812)
+    close(expected["k2"], 0.121707)
+    close(float((P * kl_estimate(logr, logp, "k3")).sum()), 0.119188)  # what an inverted ratio would give
+    _, entropy = head_logprobs(identity_head(2), logp[None], torch.tensor([0]))
+    close(entropy, [0.562335])
+
+
+@pytest.mark.parametrize("name,in_loss,in_reward", [("k1", 0.0, 0.205990), ("k2", 0.205990, -0.029630),
+                                                    ("k3", 0.25, -0.044010)])  # fmt: skip
+def test_t4_kl_gradients_by_enumeration(name, in_loss, in_reward):
+    z = torch.tensor(math.log(3.0), requires_grad=True)
+    logp = torch.stack([z, torch.zeros(())]).log_softmax(0)
+    weight = logp.detach().exp()
+    loss = (weight * kl_estimate(logp, REF.log(), name)).sum()  # expectation over samples, sampling not differentiated
+    close(torch.autograd.grad(loss, z, retain_graph=True)[0], in_loss)
+    value = kl_estimate(logp, REF.log(), name).detach()
+    close(torch.autograd.grad((weight * value * logp).sum(), z, retain_graph=True)[0], in_reward)
+    truth = (logp.exp() * (logp - REF.log())).sum()
+    close(torch.autograd.grad(truth, z)[0], 0.205990)
+
+
+def test_t5_sequence_kl_needs_return_to_go():
+    """A second step whose KL depends on the first: the token-wise loss misses it, k1 in the reward does not."""
+    z = torch.tensor(math.log(3.0), requires_grad=True)
+    logp = torch.stack([z, torch.zeros(())]).log_softmax(0)
+    later = torch.tensor([0.130812, 0.0])  # KL of step 2 after each branch
+    truth = (logp.exp() * (logp - REF.log() + later)).sum()
+    close(torch.autograd.grad(truth, z, retain_graph=True)[0], 0.230517)
+    d = (logp - REF.log()).detach()
+    reinforce = (logp.detach().exp() * (d + later) * logp).sum()
+    close(torch.autograd.grad(reinforce, z, retain_graph=True)[0], 0.230517)
+    token_loss = (logp.detach().exp() * kl_estimate(logp, REF.log(), "k2")).sum()
+    close(torch.autograd.grad(token_loss, z)[0], 0.205990)
+
+
+def test_t14_whiten():
+    values, mask = torch.tensor([1.0, 2.0, 3.0, 99.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    close(whiten(values, mask), [-1.224745, 0, 1.224745, 0], 1e-4)
+    close(whiten(values, mask, shift_mean=False), [0.775255, 2, 3.224745, 0], 1e-4)
+    close(masked_mean(values, mask), 2.0)
+    close(masked_mean(values, mask * 0), 0.0)
+
+
+def test_t17_controller():
+    controller = AdaptiveKLController(0.1, target=6, horizon=10_000)
+    close(controller.update(9.0, 64) / 0.1, 1.00128)
+    assert controller.update(0.0, 64) < controller.update(100.0, 64)
+
+
+# ---------------------------------------------------------------------------------------------- sft
+
+
+def test_t2_neftune_and_flan():
+    noise = sft.neftune_noise(torch.full((4,), 4), 16, 5.0)
+    assert noise.shape == (4, 16) and float(noise.abs().max()) <= 0.625 and float(noise.abs().max()) > 0.4
+    close(torch.tensor(sft.mixture_weights([100, 3000, 30_000], 3000)), [0.0164, 0.4918, 0.4918], 1e-4)
+
+
+def test_detail_6_neftune_uses_each_documents_length():
+    noise = sft.neftune_noise(torch.tensor([1] * 200 + [100] * 200), 64, 10.0)
+    assert float(noise[:200].abs().max()) == pytest.approx(10 / 8, rel=0.05)
+    assert float(noise[200:].abs().max()) == pytest.approx(10 / 80, rel=0.05)
+
+
+def test_detail_5_training_order_mixes_by_weight_and_extends():
+    long = sft.training_order([10, 1000], [0.25, 0.75], 4000, seed=1)
+    assert long[:1000] == sft.training_order([10, 1000], [0.25, 0.75], 1000, seed=1)
+    assert sum(k == 0 for k, _ in long) / 4000 == pytest.approx(0.25, abs=0.03)
+    single = [i for _, i in sft.training_order([7], [1.0], 14, seed=3)]
+    assert sorted(single[:7]) == sorted(single[7:]) == list(range(7))
+
+
+def test_t6_token_normalisation():
+    one, three = torch.tensor([-1.0]), torch.tensor([-1.0, -2.0, -3.0])
+    together = sft.sft_loss(torch.cat([one, three]), 4)
+    close(together, 1.75)
+    close(sft.sft_loss(one, 4) + sft.sft_loss(three, 4), 1.75)
+
+
+# ---------------------------------------------------------------------------------------------- grpo
+
+
+def test_t15_clipped_objective_detail_5():
+    rho = torch.tensor([[1.5], [1.5], [0.5], [0.5]])
+    logprobs = rho.log().requires_grad_(True)
+    advantages, mask = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.ones(4, 1)
+    losses, _ = grpo.policy_loss(logprobs, torch.zeros(4, 1), advantages, mask, 0.2, 0.2)
+    close(losses[:, 0].detach(), [-1.2, 1.5, -0.5, 0.8])
+    gradient = torch.autograd.grad(losses.sum(), logprobs)[0][:, 0]
+    assert gradient[0] == 0 and gradient[3] == 0 and gradient[1] != 0 and gradient[2] != 0
+
+
+def test_t24_clip_higher():
+    arguments = (torch.tensor([[1.25]]).log(), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), 0.2)
+    close(grpo.policy_loss(*arguments, 0.28)[0], [[-1.25]])
+    close(grpo.policy_loss(*arguments, 0.2)[0], [[-1.2]])
+
+
+def test_t21_advantages_detail_1():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    close(grpo.group_advantages(rewards, "grpo"), [[1.5, -0.5, -0.5, -0.5]], 1e-4)
+    close(grpo.group_advantages(rewards, "dr_grpo"), [[0.75, -0.25, -0.25, -0.25]])
+    close(grpo.group_advantages(rewards, "rloo"), [[1.0, -1 / 3, -1 / 3, -1 / 3]])
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        assert (grpo.group_advantages(torch.full((3, 8), 0.1), kind) == 0).all()
+
+
+def test_t22_aggregation_detail_6():
+    losses = torch.tensor([[1.0, 9.0, 9.0], [2.0, 2.0, 2.0]])
+    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    for how, expected in (("sequence", 1.5), ("token", 1.75), ("constant", 0.875)):
+        close(grpo.aggregate(losses, mask, how, 2, 4, 4), expected)
+        parts = [grpo.aggregate(losses[i : i + 1], mask[i : i + 1], how, 2, 4, 4) for i in range(2)]
+        close(sum(parts), expected)
+
+
+def test_t23_sequence_ratio_detail_8():
+    logprobs = torch.tensor([[0.2, -0.1, 0.2, 5.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    _, rho = grpo.policy_loss(logprobs, torch.zeros(1, 4), torch.ones(1), mask, 10, 10, ratio="sequence")
+    close(rho[0], [1.105171] * 4)
+
+
+def enumerate_gradient(advantage: str, aggregation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average gradient of the policy loss over every group of 2 single-token completions, and the true gradient."""
+    z = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
+    rewards = torch.tensor([1.0, 0.0, 0.5])
+    probabilities = z.detach().softmax(0)
+    total = torch.zeros(3)
+    for a in range(3):
+        for b in range(3):
+            logprobs = z.log_softmax(0)[torch.tensor([[a], [b]])]
+            advantages = grpo.group_advantages(rewards[torch.tensor([[a, b]])], advantage).flatten()
+            losses, _ = grpo.policy_loss(logprobs, logprobs.detach(), advantages, torch.ones(2, 1), 0.2, 0.2)
+            loss = grpo.aggregate(losses, torch.ones(2, 1), aggregation, 2, 2, 1)
+            total += probabilities[a] * probabilities[b] * torch.autograd.grad(loss, z)[0]
+    truth = torch.autograd.grad((z.softmax(0) * rewards).sum(), z)[0]
+    return -total, truth
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
+def test_policy_gradient_by_enumeration(aggregation):
+    gradient, truth = enumerate_gradient("rloo", aggregation)
+    torch.testing.assert_close(gradient, truth, atol=1e-6, rtol=1e-5)  # unbiased
+    gradient, truth = enumerate_gradient("dr_grpo", aggregation)
+    torch.testing.assert_close(gradient, truth / 2, atol=1e-6, rtol=1e-5)  # (G − 1)/G of it
+
+
+def test_bandit_reaches_the_known_optimum():
+    """One prompt, three tokens: with β·KL(π‖ref) in the loss (k2) the policy approaches ref·exp(r/β)."""
+    torch.manual_seed(0)
+    rewards, ref, beta = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.2, 0.5, 0.3]), 0.5
+    optimum = ref * (rewards / beta).exp() / (ref * (rewards / beta).exp()).sum()
+    z = ref.log().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([z], lr=0.02)
+    for _ in range(600):
+        actions = torch.multinomial(z.detach().softmax(0), 256, replacement=True)
+        logprobs = z.log_softmax(0)[actions][:, None]
+        advantages = grpo.group_advantages(rewards[actions][None], "rloo")[0]
+        mask = torch.ones(256, 1)
+        losses, _ = grpo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 0.2)
+        losses = losses + beta * kl_estimate(logprobs, ref.log()[actions][:, None], "k2")
+        optimizer.zero_grad()
+        grpo.aggregate(losses, mask, "token", 256, 256, 1).backward()
+        optimizer.step()
+    assert float((z.detach().softmax(0) - optimum).abs().max()) < 0.03
+
+
+# ---------------------------------------------------------------------------------------------- parity with TRL
+
+
+def test_parity_with_trl_selective_log_softmax_and_entropy():
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    torch.manual_seed(0)
+    logits, targets = torch.randn(11, 40) * 3, torch.randint(40, (11,))
+    logprobs, entropy = head_logprobs(identity_head(40), logits, targets)
+    torch.testing.assert_close(logprobs, selective_log_softmax(logits, targets), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, entropy_from_logits(logits), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ours,theirs", [("sequence", "grpo"), ("constant", "dr_grpo"), ("token", "bnpo")])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_parity_with_trl_grpo_loss(ours, theirs, ratio):
+    """TRL's own `_compute_loss` on the same random tensors, two-sided clip and k3 included."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+    from unittest.mock import MagicMock
+
+    from trl import GRPOTrainer
+
+    torch.manual_seed(1)
+    rows, width, beta = 6, 9, 0.04
+    old = -torch.rand(rows, width) - 0.1
+    new = (old + 0.4 * torch.randn(rows, width)).requires_grad_(True)
+    ref, advantages = old + 0.2 * torch.randn(rows, width), torch.randn(rows)
+    mask = (torch.arange(width) < torch.tensor([9, 3, 1, 7, 5, 9])[:, None]).float()
+
+    trainer = MagicMock()
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (new, torch.zeros(rows, width), None)
+    trainer.beta, trainer.epsilon_low, trainer.epsilon_high = beta, 0.2, 0.28
+    trainer.importance_sampling_level, trainer.loss_type = ratio, theirs
+    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = 1.0, None
+    trainer.use_vllm, trainer.max_completion_length, trainer.aux_loss_enabled = False, 12, False
+    trainer.use_adaptive_entropy = trainer._entropy_bonus_enabled = False
+    trainer.current_gradient_accumulation_steps, trainer.model.training = 1, True
+    trainer.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, num_loss_aggregations=None)
+    trainer.accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    inputs = {
+        "prompt_ids": torch.zeros(rows, 2, dtype=torch.long), "prompt_mask": torch.ones(rows, 2),
+        "completion_ids": torch.zeros(rows, width, dtype=torch.long), "completion_mask": mask,
+        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
+        "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    expected = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    wanted = torch.autograd.grad(expected, new)[0]
+
+    losses, _ = grpo.policy_loss(new, old, advantages, mask, 0.2, 0.28, ratio)
+    losses = losses + beta * kl.kl_estimate(new, ref, "k3")
+    loss = grpo.aggregate(losses, mask, ours, rows, float(mask.sum()), 12)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, new)[0], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_parity_with_transformers_sft_loss():
+    """The loss that TRL's SFTTrainer asks transformers for: cross-entropy over `num_items_in_batch` targets."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 7, 30), torch.randint(30, (2, 7))
+    labels[0, :3] = -100
+    count = int((labels[:, 1:] != -100).sum())
+    expected = ForCausalLMLoss(logits, labels, 30, num_items_in_batch=torch.tensor(count))
+    scored = labels[:, 1:] != -100
+    logprobs, _ = head_logprobs(identity_head(30), logits[:, :-1][scored], labels[:, 1:][scored])
+    torch.testing.assert_close(sft.sft_loss(logprobs, count), expected, atol=1e-6, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize("text,gold,right", [
+    ("<think>1+1=3</think><answer>2</answer>", "2", True),
+    ("<think><answer>2</answer></think>", "2", False),
+    ("so #### 1,234.", "#### 1234", True),
+    ("\\boxed{7} or \\boxed{-3}", "-3", True),
+    ("it costs $1,200.00", "1200", True),
+    ("no idea", "5", False),
+    ("<answer>12</answer> or rather <answer>13</answer>", "12", False),
+    ("the answer is 5, not 6", "5", False),
+    ("Natalia sold 72", "She sold\n#### 72", True),
+])  # fmt: skip
+def test_answer_reward(text, gold, right):
+    assert grpo.answer_reward(text, {"answer": gold}, 0.0) == float(right)
+
+
+def test_format_and_length_rewards():
+    assert grpo.format_reward("<think>x</think><answer>1</answer>", {}, 0.1) == 1
+    assert grpo.format_reward("<answer>1</answer><answer>1</answer>", {}, 0.1) == 0
+    assert grpo.format_reward("<answer>1</answer> and so on", {}, 0.1) == 0
+    assert grpo.length_penalty("", {}, 0.25) == -0.25
+
+
+def test_enumeration_is_independent_of_torch():
+    """T3 once more in float64 NumPy, so that the expectations above do not rest on the code under test."""
+    p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
+    assert (p * np.log(p / q)).sum() == pytest.approx(0.130812, abs=1e-6)

@@ -1,0 +1,309 @@
+"""The contract that the scripts share: they learn, resume exactly, agree over processes, and speak in sentences."""
+
+import ast
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, fails, metrics, run, start, weights
+
+SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
+# Short runs of each script, deterministic on a CPU.
+SHORT = {
+    "sft": ["--steps", 12, "--eval-every", 0, "--eval-rows", 8, "--batch-size", 8],
+    "grpo": ["--steps", 6, "--eval-every", 0, "--eval-rows", 8, "--batch-size", 4, "--num-samples", 4],
+}
+
+
+def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# ---------------------------------------------------------------------------------------------- the files
+
+
+def test_copies_between_scripts_are_identical():
+    seen = {}
+    for script in SCRIPTS:
+        source = (ROOT / f"{script}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "Args", "check_args"):
+                text = ast.get_source_segment(source, node)
+                assert seen.setdefault(node.name, text) == text, f"{node.name} of {script}.py differs from its copy"
+
+
+def test_a_script_stands_alone():
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbered_details_are_marked_in_the_code_and_tested(script):
+    source = (ROOT / f"{script}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source))
+    listed = {int(line.split(".")[0]) for line in docstring.splitlines() if line.strip()[:2].rstrip(".").isdigit()}
+    code = source[source.index('"""', 3) :]
+    marked = {n for n in listed if f"detail {n}" in code or f"details {n}" in code or f"and {n}\n" in code}
+    assert listed and marked == listed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_and_is_quick(script):
+    began = time.time()
+    output = run(script, "--help")
+    assert time.time() - began < 15  # 6 seconds on a quiet machine; this one may be busy
+    for flag in ("--model", "--dataset", "--output-dir", "--resume", "--microbatch-tokens", "--learning-rate"):
+        assert flag in output
+
+
+def test_a_script_copied_with_common_runs_elsewhere(tmp_path):
+    shutil.copy(ROOT / "grpo.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    output = run("grpo", "--steps", 1, "--eval-rows", 8, cwd=tmp_path)
+    folder = tmp_path / "runs" / "grpo" / "latest"
+    assert (folder / "model" / "model.safetensors").exists() and "→" in output
+
+
+# ---------------------------------------------------------------------------------------------- they learn
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_grpo_learns_to_think(seed, tmp_path):
+    run("grpo", "--seed", seed, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)
+    before, after = rows[0], rows[-1]
+    assert before["eval/accuracy"] <= 0.5 and before["eval/accuracy_greedy"] <= 0.5
+    assert after["eval/accuracy"] >= 0.9 and after["eval/accuracy_greedy"] >= 0.9
+    assert after["eval/completion_length"] > before["eval/completion_length"] + 8
+    # T32 and detail 2: before the first update after each rollout every ratio is 1.
+    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-5
+    assert max(abs(r["policy/ratio_max"] - 1) for r in rows[1:]) < 2e-5
+    assert max(r["policy/clip_fraction"] for r in rows[1:]) == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sft_learns_and_grpo_takes_its_result(seed, tmp_path):
+    output = run("sft", "--seed", seed, "--output-dir", tmp_path / "sft")
+    rows = metrics(tmp_path / "sft")
+    assert rows[-1]["eval/accuracy"] >= rows[0]["eval/accuracy"] + 0.3
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    command = output.strip().splitlines()[-1].split("python grpo.py ")[1].split()
+    run("grpo", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "grpo")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--advantage", "dr_grpo", "--loss-aggregation", "constant", "--beta", "0"],
+    ["--advantage", "rloo", "--loss-aggregation", "token", "--update-epochs", "2", "--minibatches", "2"],
+    ["--ratio", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4", "--kl-estimator", "k2"],
+])  # fmt: skip
+def test_grpo_variants_run(flags, tmp_path):
+    run("grpo", *SHORT["grpo"], *flags, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)
+    assert ("policy/kl" in rows[-1]) == ("0" not in flags)
+    assert rows[-1]["optim/grad_norm"] > 0 or rows[-1]["reward/std"] == 0
+
+
+def test_grpo_with_a_reward_model(tmp_path, tokenizer):
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    config = Qwen3Config.from_pretrained(TINY, num_labels=1)
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    run("grpo", *SHORT["grpo"], "--reward-model", tmp_path / "rm", "--answer-weight", 0, "--output-dir", tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["reward/std"] > 0
+    config.num_labels = 3
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
+    tokenizer.save_pretrained(tmp_path / "rm3")
+    assert "one label" in fails("grpo", "--reward-model", tmp_path / "rm3", "--output-dir", tmp_path / "run3")
+
+
+@pytest.mark.parametrize("flags", [["--loss-on", "all"], ["--loss-on", "completion"], ["--neftune-alpha", "5"],
+                                   ["--dataset", TINY / "demonstrations_train.jsonl", TINY / "corpus.jsonl"],
+                                   ["--from-scratch"]])  # fmt: skip
+def test_sft_variants_run(flags, tmp_path):
+    run("sft", *SHORT["sft"], *flags, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)
+    assert rows[-1]["loss/train"] < rows[1]["loss/train"]
+
+
+# ---------------------------------------------------------------------------------------------- invariants
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_output_folder_is_complete(script, tmp_path):
+    run(script, *SHORT[script], "--output-dir", tmp_path)
+    assert json.loads((tmp_path / "args.json").read_text())["script"] == script
+    for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "model/tokenizer.json", "model/config.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert list((tmp_path / "tensorboard").iterdir()) and list((tmp_path / "checkpoints").glob("step-*"))
+    assert {"step", "prompt", "completion", "reward"} <= set(
+        json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    )
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [0]
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_microbatch_size_changes_nothing(script, tmp_path):
+    # SGD-like comparison after few steps: Adam divides tiny differences by tiny gradients, hence the tolerance.
+    steps = [*SHORT[script], "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+    run(script, *steps, "--output-dir", tmp_path / "a")
+    run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "b")
+    same(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
+    a, b = (metrics(tmp_path / x)[-1]["optim/grad_norm"] for x in "ab")
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_two_processes_equal_one(script, tmp_path):
+    steps = [*SHORT[script], "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+    run(script, *steps, "--output-dir", tmp_path / "one")
+    run(script, *steps, "--output-dir", tmp_path / "two", torchrun=2)
+    same(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        for name in set(one) & {"loss/train", "reward/mean", "eval/accuracy", "eval/loss", "optim/grad_norm"}:
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
+    # A checkpoint of two processes goes on in one.
+    run(script, "--resume", tmp_path / "two", "--steps", 3)
+    assert metrics(tmp_path / "two")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_resume_after_kill_9_is_exact(script, tmp_path):
+    run(script, *SHORT[script], "--output-dir", tmp_path / "whole")
+    process = start(script, *SHORT[script], "--save-every", 2, "--output-dir", tmp_path / "killed")
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "model").exists()
+    run(script, "--resume", tmp_path / "killed")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    timeless = [
+        [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/", "throughput/"))} for r in metrics(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "killed")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT)])
+def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path):
+    process = start(script, *SHORT[script], "--steps", 4000, "--output-dir", tmp_path)
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and f"python {script}.py --resume {tmp_path}" in output
+    done = metrics(tmp_path)[-1]["step"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
+    steps = [*SHORT[script], "--steps", 1, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+    for name, flags in {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}.items():
+        run(script, *steps, *flags, "--output-dir", tmp_path / name)
+    norm = {name: metrics(tmp_path / name)[-1]["optim/grad_norm"] for name in ("plain", "checkpointed", "bf16")}
+    assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
+    assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.5)
+    assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_saved_model_answers_through_generate(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run("sft", *SHORT["sft"], "--output-dir", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "12+30=?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=60, do_sample=False)
+    assert "<answer>" in tokenizer.decode(out[0]) and out[0, -1] == 0
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def write(path, text: str):
+    path.write_text(text)
+    return path
+
+
+GOOD = '{"prompt": "1+1=?", "completion": "<answer>2</answer>", "answer": "2"}\n'
+
+
+@pytest.mark.parametrize("script", SHORT)
+@pytest.mark.parametrize("content,flags,sentence", [
+    (GOOD + "{broken\n", [], "line 2: not JSON"),
+    ("", [], "no rows in it"),
+    ('{"q": 1, "z": 2}\n', [], "found q, z"),
+    ('[1]\n', [], "expected a JSON object"),
+    (GOOD * 20, ["--max-prompt-tokens", "3"], "--max-prompt-tokens"),
+    (GOOD, [], "too few to hold any out"),
+    (GOOD * 20, ["--model", "no/such-model"], "no/such-model"),
+    (GOOD * 20, ["--device", "cuda"], "no CUDA"),
+    (GOOD * 20, ["--batch-size", "0"], "at least 1"),
+])  # fmt: skip
+def test_bad_data_and_settings_are_told_in_a_sentence(script, content, flags, sentence, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        flags, sentence = ["--batch-size", "0"], "at least 1"
+    data = write(tmp_path / "data.jsonl", content)
+    assert sentence in fails(script, "--dataset", data, *flags, "--output-dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_missing_files_and_wrong_folders(script, tmp_path):
+    assert "no such file" in fails(script, "--dataset", tmp_path / "none.jsonl")
+    assert "no run there" in fails(script, "--resume", tmp_path)
+    run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path / "run")
+    told = fails(script, "--output-dir", tmp_path / "run")
+    assert "--resume" in told and "--overwrite" in told
+    assert "already done" in fails(script, "--resume", tmp_path / "run")
+    assert "--learning-rate cannot be changed" in fails(script, "--resume", tmp_path / "run", "--learning-rate", "1")
+    other = next(s for s in SHORT if s != script)
+    assert "another script" in fails(other, "--resume", tmp_path / "run")
+    about = next((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
+    about.write_text(about.read_text().replace('"model": "', '"model": "x'))
+    assert "another model" in fails(script, "--resume", tmp_path / "run", "--steps", 2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "before its first checkpoint" in fails(script, "--resume", tmp_path / "run", "--steps", 2)
+    run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path / "run", "--overwrite")
+
+
+def test_settings_of_grpo(tmp_path):
+    assert "siblings" in fails("grpo", "--num-samples", 1)
+    assert "--minibatches" in fails("grpo", "--batch-size", 4, "--minibatches", 3)
+    assert "whole context" in fails("grpo", "--max-completion-tokens", 600)
+    data = write(tmp_path / "d.jsonl", (GOOD + GOOD.replace("1+1=?", "1" * 60)) * 20)
+    output = run("grpo", *SHORT["grpo"], "--steps", 1, "--max-prompt-tokens", 40, "--dataset", data,
+                 "--output-dir", tmp_path / "run")  # fmt: skip
+    assert "prompts dropped: over 40 tokens" in output
+
+
+def test_rows_without_anything_to_train_on(tmp_path):
+    data = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hello"}]}\n' * 20)
+    assert "no row is left to train on" in fails("sft", "--dataset", data, "--output-dir", tmp_path / "run")
+
+
+def test_messages_without_a_chat_template(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "no chat template" in fails("sft", "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, model, tokenizer):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    told = fails(script, *SHORT[script], "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
+    assert "diverged" in told and "none" in told.lower()
