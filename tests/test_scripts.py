@@ -117,7 +117,8 @@ def test_grpo_with_a_reward_model(tmp_path, tokenizer):
     config = Qwen3Config.from_pretrained(TINY, num_labels=1)
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    run("grpo", *SHORT["grpo"], "--reward-model", tmp_path / "rm", "--answer-weight", 0, "--output-dir", tmp_path / "run")
+    flags = ["--reward-model", tmp_path / "rm", "--answer-weight", 0]
+    run("grpo", *SHORT["grpo"], *flags, "--output-dir", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["reward/std"] > 0
     config.num_labels = 3
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
@@ -208,9 +209,10 @@ def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path)
 @pytest.mark.parametrize("script", SHORT)
 def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
     steps = [*SHORT[script], "--steps", 1, "--warmup-steps", 1, "--learning-rate", "1e-5"]
-    for name, flags in {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}.items():
+    kinds = {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}
+    for name, flags in kinds.items():
         run(script, *steps, *flags, "--output-dir", tmp_path / name)
-    norm = {name: metrics(tmp_path / name)[-1]["optim/grad_norm"] for name in ("plain", "checkpointed", "bf16")}
+    norm = {name: metrics(tmp_path / name)[-1]["optim/grad_norm"] for name in kinds}
     assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
     assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.5)
     assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16

@@ -1,0 +1,197 @@
+"""Speed and memory against the peers on the same model, rows, batch and precision: `python tests/benchmark.py`.
+
+Prints a table and asserts nothing about time. The sampler is timed against `model.generate` in one process, in turn;
+sft.py and grpo.py against TRL's trainers with their defaults, each in a process of its own so that peak memory is its
+own. Every figure is the median of its repetitions; the first step of every trainer is left out as warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+QUESTION = "{who} has {a} bags with {b} coins each and gives {c} coins away. How many coins are left? Explain."
+
+
+def problems(count: int) -> list[dict]:
+    """Word problems of different lengths, in GSM8K's columns."""
+    rows = []
+    for i in range(count):
+        a, b, c = 3 + i % 17, 2 + i % 7, 1 + i % 5
+        story = " Then a friend comes by and counts them all once more." * (i % 6)
+        text = QUESTION.format(who=("Ada", "Ben", "Cleo")[i % 3], a=a, b=b, c=c).replace(" How", story + " How")
+        rows.append({"question": text, "answer": f"{a} times {b} is {a * b}.{story}\n#### {a * b - c}"})
+    return rows
+
+
+def rows_for(path: str | None, count: int) -> list[dict]:
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()] if path else problems(count)
+    return rows[:count]
+
+
+# ---------------------------------------------------------------------------------------------- the sampler
+
+
+def benchmark_sampler(args) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common.generation import Sampler
+    from common.tokenizer import load_tokenizer, pad, render_chat, stop_token_ids
+
+    tokenizer = load_tokenizer(args.model)
+    dtype = getattr(torch, args.dtype)
+    ours = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    ours.set_attn_implementation("layout")
+    stops = stop_token_ids(tokenizer, ours)
+    questions = [r["question"] for r in rows_for(args.data, 16)]
+    if "tiny" in args.model:
+        questions = [f"{a}+{a + 7}=?" for a in range(20, 36)]
+    chats = [[{"role": "user", "content": q}] for q in questions]
+    prompts = [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]
+    ids, attention_mask, _ = pad(prompts, tokenizer.pad_token_id, "left")
+    sampler = Sampler(ours, stops, dtype)
+    rates = {"sampler": [], "model.generate": []}
+    for repetition in range(args.repeat + 1):
+        began = time.perf_counter()
+        groups = sampler.generate(prompts, args.tokens, 8, seed=repetition)
+        ours_rate = sum(len(c.ids) for g in groups for c in g) / (time.perf_counter() - began)
+        began = time.perf_counter()
+        out = theirs.generate(
+            ids, attention_mask=attention_mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            num_return_sequences=8, max_new_tokens=args.tokens, eos_token_id=stops, pad_token_id=stops[0],
+        )[:, ids.shape[1] :].tolist()  # fmt: skip
+        elapsed = time.perf_counter() - began
+        drawn = sum(next((j + 1 for j, token in enumerate(row) if token in stops), len(row)) for row in out)
+        if repetition:
+            rates["sampler"].append(ours_rate)
+            rates["model.generate"].append(drawn / elapsed)
+    report("sampler, tokens/s", {k: statistics.median(v) for k, v in rates.items()}, higher=True)
+
+
+def report(what: str, medians: dict[str, float], higher: bool) -> None:
+    (ours, a), (theirs, b) = medians.items()
+    ratio = a / b if higher else b / a
+    print(f"| {what} | {ours} {a:.4g} | {theirs} {b:.4g} | {ratio:.2f} × |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- trainers
+
+
+def run_ours(script: str, flags: list, folder: str) -> dict:
+    flags = [*map(str, flags), "--output-dir", folder, "--eval-every", "0", "--eval-rows", "1", "--eval-samples", "1"]
+    subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], check=True, capture_output=True)
+    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()][2:]
+    return {
+        "step": statistics.median(r["time/step"] for r in rows),
+        "memory": max(r["memory/peak_gb"] for r in rows),
+        "tokens": statistics.median(r["throughput/tokens_per_second"] for r in rows),
+    }
+
+
+def run_theirs(kind: str, args, data: str) -> dict:
+    command = [sys.executable, __file__, "--only", f"trl-{kind}", "--model", args.model, "--data", data]
+    command += ["--dtype", args.dtype, "--steps", str(args.steps), "--tokens", str(args.tokens)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(out.stdout.strip().splitlines()[-1])
+
+
+def trl(kind: str, args) -> None:
+    """One of TRL's trainers with its defaults, in this process; prints its figures as JSON."""
+    import resource
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    rows, times = rows_for(args.data, 10**6), []
+    bfloat16 = args.dtype == "bfloat16"
+    tokens_seen = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *a, **k):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *a, **k):
+            times.append(time.perf_counter() - self.began)
+
+    common = {
+        "output_dir": tempfile.mkdtemp(), "max_steps": args.steps, "report_to": "none", "bf16": bfloat16,
+        "use_cpu": not torch.cuda.is_available(), "per_device_train_batch_size": 8, "save_strategy": "no",
+        "disable_tqdm": True, "learning_rate": 1e-5, "model_init_kwargs": {"dtype": "float32"},
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if kind == "sft":
+        from trl import SFTConfig, SFTTrainer
+
+        roles = {"question": "user", "answer": "assistant"}
+        chats = [[{"role": role, "content": r[column]} for column, role in roles.items()] for r in rows]
+        data = Dataset.from_list([{"prompt": c[:1], "completion": c[1:]} for c in chats])
+        lengths = [len(tokenizer.apply_chat_template(c, return_dict=False)) for c in chats]
+        tokens_seen = statistics.mean(lengths) * 8
+        config = SFTConfig(**common, max_length=512)
+        trainer = SFTTrainer(args.model, args=config, train_dataset=data, callbacks=[Clock()])
+    else:
+        from trl import GRPOConfig, GRPOTrainer
+
+        data = Dataset.from_list([{"prompt": [{"role": "user", "content": r["question"]}]} for r in rows])
+        common["per_device_train_batch_size"] = 32
+        config = GRPOConfig(**common, num_generations=8, max_completion_length=args.tokens)
+        trainer = GRPOTrainer(
+            args.model, args=config, train_dataset=data, callbacks=[Clock()],
+            reward_funcs=lambda completions, **k: [float(len(c[0]["content"]) % 7) for c in completions],
+        )  # fmt: skip
+    trainer.train()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    step = statistics.median(times[1:])
+    print(json.dumps({"step": step, "memory": memory, "tokens": (tokens_seen or 0) / step}))
+
+
+def benchmark_trainers(args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.data, 8 * args.steps)))
+        shared = ["--model", args.model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
+        shared += ["--steps", args.steps, "--learning-rate", "1e-5"]
+        flags = [*shared, "--batch-size", 8, "--max-prompt-tokens", 256, "--max-completion-tokens", 256]
+        ours = run_ours("sft", [*flags, "--microbatch-tokens", 512], f"{folder}/sft")
+        theirs = run_theirs("sft", args, str(data))
+        report("sft, tokens/s", {"sft.py": ours["tokens"], "SFTTrainer": theirs["tokens"]}, higher=True)
+        report("sft, peak memory in GB", {"sft.py": ours["memory"], "SFTTrainer": theirs["memory"]}, higher=False)
+        flags = [*shared, "--batch-size", 4, "--num-samples", 8, "--beta", 0, "--max-completion-tokens", args.tokens]
+        ours = run_ours("grpo", [*flags, "--microbatch-tokens", 1024, "--length-weight", 1], f"{folder}/grpo")
+        theirs = run_theirs("grpo", args, str(data))
+        report("grpo, seconds per step", {"grpo.py": ours["step"], "GRPOTrainer": theirs["step"]}, higher=False)
+        report("grpo, peak memory in GB", {"grpo.py": ours["memory"], "GRPOTrainer": theirs["memory"]}, higher=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "common" / "tiny"))
+    parser.add_argument("--data", help="JSONL with question and answer, such as GSM8K's; default: made-up problems")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens per completion at most")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", choices=["sampler", "trainers", "trl-sft", "trl-grpo"])
+    arguments = parser.parse_args()
+    if arguments.only in ("trl-sft", "trl-grpo"):
+        trl(arguments.only[4:], arguments)
+    else:
+        print(f"{arguments.model}, {arguments.dtype}\n| what | ours | peer | ratio |\n|---|---|---|---|")
+        if arguments.only != "trainers":
+            benchmark_sampler(arguments)
+        if arguments.only != "sampler":
+            benchmark_trainers(arguments)
