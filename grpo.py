@@ -157,7 +157,7 @@ class Args:
     """peak; 3e-4 suits the embedded model, 1e-6 a pretrained one"""
     warmup_steps: int = 5
     """rollouts of linear warm-up"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate decays to zero after the warm-up"""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
@@ -496,7 +496,7 @@ def main(args: Args) -> dict:
                         better = advantages[part][:, None] > 0  # the bound that binds depends on the advantage's sign
                         outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
                         ratio_max = max(ratio_max, float((ratio * mask).max()))
-                        totals["loss"] += float(loss)
+                        totals["loss"] += loss.item()
                         totals["tokens"] += float(mask.sum())
                         totals["kl"] += float((kl_estimate(logprobs, rollout.ref_logprobs[part]) * mask).sum())
                         totals["entropy"] += float((entropy * mask).sum())

@@ -431,7 +431,7 @@ def main(args: Args) -> dict:
                 logprobs, _ = token_logprobs(model, micro, packing=args.packing)
             loss = sft_loss(logprobs, total_targets) * weight
             (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
-            total_loss += float(loss)
+            total_loss += loss.item()
         noise_lengths.clear()
 
         total_loss = reduce_over_processes([total_loss], device)[0]
