@@ -186,7 +186,7 @@ class Args:
     """continue the run in this folder with its own arguments; only its steps and logging may be changed"""
     save_every: int = 0
     """steps between checkpoints; 0 writes one at the end only"""
-    log_samples: int = 2
+    log_samples: int = 3
     """completions shown per evaluation"""
     wandb_project: str | None = None
     """also log to Weights & Biases"""
@@ -862,7 +862,7 @@ class Run:
         if step % 10 == 0 or is_evaluation:
             cells = [f"{metrics[name]:14.4g}" if name in metrics else " " * 14 for name in self.shown]
             self.bar.write(f"{step:6d}  " + "  ".join(cells))
-        for sample in list(samples)[: self.args.log_samples]:
+        for sample in samples[:: max(1, len(samples) // max(1, self.args.log_samples))][: self.args.log_samples]:
             text = " ⏎ ".join(sample["completion"].split("\n"))
             self.bar.write(f"        reward {sample['reward']:.2f}  {sample['prompt'][-60:]!r} → {text[:160]}")
         if is_evaluation:

@@ -261,23 +261,27 @@ class _Slots:
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
             return out.transpose(1, 2)
-        rows, width = query.shape[0], self.visible
+        rows = query.shape[0]
         length = self.length[:rows]
         self.keys[layer, self.index[:rows], :, length] = key[:, :, 0]
         self.values[layer, self.index[:rows], :, length] = value[:, :, 0]
-        mask = self.mask
-        if window is not None and window < width:
-            column = torch.arange(width, device=self.device)
-            inside = (column <= length[:, None]) & (column > length[:, None] - window)
-            mask = torch.zeros(inside.shape, dtype=key.dtype, device=self.device).masked_fill_(~inside, -math.inf)
-            mask = mask[:, None, None]
         # The queries that share a key/value head stand side by side as its queries: no key is repeated.
         grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
-        out = F.scaled_dot_product_attention(
-            grouped, self.keys[layer, :rows, :, :width], self.values[layer, :rows, :, :width],
-            attn_mask=mask, scale=scaling,
-        )  # fmt: skip
-        return out.reshape(rows, 1, query.shape[1], -1)
+        outputs = []
+        for start, stop, width, mask in self.blocks:
+            if window is not None and window < width:
+                column, last = torch.arange(width, device=self.device), length[start:stop, None]
+                mask = self._additive((column <= last) & (column > last - window))
+            keys, values = self.keys[layer, start:stop, :, :width], self.values[layer, start:stop, :, :width]
+            outputs.append(
+                F.scaled_dot_product_attention(grouped[start:stop], keys, values, attn_mask=mask, scale=scaling)
+            )
+        return torch.cat(outputs).reshape(rows, 1, query.shape[1], -1)
+
+    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
+        """A mask [n, 1, 1, width] to add to scores, from one that says which keys [n, width] are seen."""
+        mask = torch.zeros(visible.shape, dtype=self.keys.dtype, device=self.device)
+        return mask.masked_fill_(~visible, -math.inf)[:, None, None]
 
     # ------------------------------------------------------------------ rows come, advance and go
 
@@ -321,17 +325,16 @@ class _Slots:
 
     def _advance(self, rows: int) -> None:
         length = self.length[:rows]
-        if self.device.type == "cpu":
-            self.longest = int(length.max())
-            self.visible = self.longest + 1
-            even = int(length.min()) == self.longest
-        else:
-            even = False
-        self.mask = None
-        if not even:
-            column = torch.arange(self.visible, device=self.device)
-            self.mask = torch.zeros(rows, 1, 1, self.visible, dtype=self.sampler.dtype, device=self.device)
-            self.mask.masked_fill_((column > length[:, None])[:, None, None], -math.inf)
+        # On a CPU a block of rows reads no further than its own longest; rows arrive sorted, so blocks are even.
+        size = 32 if self.device.type == "cpu" else rows
+        self.blocks = []
+        for start in range(0, rows, size):
+            part = length[start : start + size]
+            width = int(part.max()) + 1 if self.device.type == "cpu" else self.visible
+            even = self.device.type == "cpu" and int(part.min()) == width - 1
+            column = torch.arange(width, device=self.device)
+            mask = None if even else self._additive(column <= part[:, None])
+            self.blocks.append((start, start + len(part), width, mask))
         hidden = self._forward(self.token[:rows, None], length[:, None])
         self.length[:rows] += (~self.done[:rows]).long()
         self._draw(hidden[:, 0], slice(0, rows))

@@ -83,9 +83,11 @@ def test_grpo_learns_to_think(seed, tmp_path):
     assert before["eval/accuracy"] <= 0.5 and before["eval/accuracy_greedy"] <= 0.5
     assert after["eval/accuracy"] >= 0.9 and after["eval/accuracy_greedy"] >= 0.9
     assert after["eval/completion_length"] > before["eval/completion_length"] + 8
-    # T32 and detail 2: before the first update after each rollout every ratio is 1.
-    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-5
-    assert max(abs(r["policy/ratio_max"] - 1) for r in rows[1:]) < 2e-5
+    # T32 and details 2, 3: before the first update every ratio is 1. Later the logits have grown, and float32's
+    # resolution of the rarest of a quarter million tokens with them.
+    assert abs(rows[1]["policy/ratio_max"] - 1) < 1e-5
+    assert max(abs(r["policy/ratio_max"] - 1) for r in rows[1:]) < 1e-4
+    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-6
     assert max(r["policy/clip_fraction"] for r in rows[1:]) == 0
 
 
@@ -132,7 +134,7 @@ def test_grpo_with_a_reward_model(tmp_path, tokenizer):
 def test_sft_variants_run(flags, tmp_path):
     run("sft", *SHORT["sft"], *flags, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
-    assert rows[-1]["loss/train"] < rows[1]["loss/train"]
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
 
 
 # ---------------------------------------------------------------------------------------------- invariants
