@@ -44,14 +44,14 @@ def test_sft_lowers_the_loss_on_word_problems(tmp_path):
 def test_grpo_raises_the_reward_on_sums_and_the_model_answers_in_a_fresh_process(tmp_path):
     rng = random.Random(0)
     data = tmp_path / "sums.jsonl"
-    pairs = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(400)]
+    pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(400)]
     rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("grpo", "--model", MODEL, "--dataset", data, "--steps", 24, "--batch-size", 8, "--num-samples", 8,
-        "--max-completion-tokens", 24, "--learning-rate", "1e-5", "--eval-every", 0, "--eval-rows", 24,
+    run("grpo", "--model", MODEL, "--dataset", data, "--steps", 18, "--batch-size", 8, "--num-samples", 8,
+        "--max-completion-tokens", 16, "--learning-rate", "3e-5", "--eval-every", 0, "--eval-rows", 16,
         "--dtype", "bfloat16", "--beta", "0", "--output-dir", tmp_path / "run")  # fmt: skip
     rewards = [r["reward/mean"] for r in metrics(tmp_path / "run")[1:]]
-    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1, rewards
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
     program = (
         "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
         "m, t = M.from_pretrained(sys.argv[1]), T.from_pretrained(sys.argv[1])\n"
