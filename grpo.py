@@ -400,7 +400,7 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
 
 def main(args: Args) -> dict:
     args = resumed_args(args, "grpo")
-    check_args(args)
+    check_grpo_args(args)
     device, rank, world = start_processes(args.device)
     stop = catch_stop_signals()
 
@@ -577,7 +577,7 @@ def score_tokens(model, rollout: Rollout, rows: list[int], temperature: float, b
     return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
 
 
-def check_args(args: Args) -> None:
+def check_grpo_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
     if args.num_samples < 2:
         sys.exit("--num-samples 1: a completion is compared with its siblings, so every prompt needs at least 2.")

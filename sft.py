@@ -356,7 +356,7 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
 
 def main(args: Args) -> dict:
     args = resumed_args(args, "sft")
-    check_args(args)
+    check_sft_args(args)
     device, rank, world = start_processes(args.device)
     stop = catch_stop_signals()
 
@@ -462,7 +462,7 @@ def main(args: Args) -> dict:
     return run.finish(f"python grpo.py --model {run.folder / 'model'}")
 
 
-def check_args(args: Args) -> None:
+def check_sft_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
     if args.batch_size < 1 or args.microbatch_tokens < 1 or args.eval_samples < 1:
         sys.exit("--batch-size, --microbatch-tokens and --eval-samples must be at least 1.")
