@@ -36,7 +36,7 @@ def problems(count: int) -> list[dict]:
 
 
 def rows_for(path: str | None, count: int) -> list[dict]:
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()] if path else problems(count)
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")] if path else problems(count)
     return rows[:count]
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, fails, metrics, run, start, weights
 
+import grpo
+import sft
+
 SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
 # Short runs of each script, deterministic on a CPU.
 SHORT = {
@@ -290,6 +293,13 @@ def test_settings_of_grpo(tmp_path):
     output = run("grpo", *SHORT["grpo"], "--steps", 1, "--max-prompt-tokens", 40, "--dataset", data,
                  "--output-dir", tmp_path / "run")  # fmt: skip
     assert "prompts dropped: over 40 tokens" in output
+
+
+@pytest.mark.parametrize("module", [grpo, sft])
+def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
+    data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
+    rows = module.load_rows(str(data), None, "train", (("question", "answer"),))
+    assert [row["question"] for row in rows] == ["a\u2028b\x85c"] * 2
 
 
 def test_rows_without_anything_to_train_on(tmp_path):
