@@ -24,7 +24,7 @@ below 1e-5 in float32 and below 0.05 in bfloat16. When `groups/all_correct` + `g
 left to learn from these prompts. `policy/entropy` falling to 0 early means collapse; length exploding while the
 reward stands still means that something else than answering is being rewarded.
 
-Implementation details that matter, each marked in the code and tested under its number:
+Implementation details that matter, each marked in the code under its number:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.
  2. Token ids and old log-probabilities are the sampler's own; nothing sampled is decoded and tokenised again.
  3. Logits are divided by the sampling temperature in every forward, of the policy and of the reference.

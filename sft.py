@@ -17,7 +17,7 @@ What to look at: `loss/train` falls fast, then slowly; `eval/loss` follows until
 heart, then turns up: stop there, or take fewer epochs. `eval/accuracy` is what the samples are worth and can keep
 rising when the loss no longer falls. A `loss/train` near 0 on fresh data means that the mask is wrong.
 
-Implementation details that matter, each marked in the code and tested under its number:
+Implementation details that matter, each marked in the code under its number:
  1. The mask comes from the rendered conversation's spans, not from re-tokenised pieces or pad ids.
  2. The end-of-turn token is trained, so the model learns to stop.
  3. Documents are packed without padding: positions restart, attention does not cross, first tokens are no targets.
