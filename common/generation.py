@@ -2,9 +2,11 @@
 
 What makes it faster than `model.generate` for reinforcement learning:
 
-* a prompt is prefilled once and its keys and values copied to each of its samples;
+* a prompt is prefilled once, and on a CPU its keys and values are read once a step for all of its samples: attention
+  to the prompt and attention to a sample's own tokens are computed apart and merged by their log-sum-exps;
 * every row has a slot of its own in preallocated key/value memory; a row that ends gives its slot to the last
   live row or to a waiting one, so finished rows are not computed and long tails overlap with new rows;
+* an agent's next turn begins where its last one ended: earlier keys and values can be kept between calls;
 * a token is drawn by an inverse CDF in two levels (blocks of the vocabulary, then the block), which needs one
   pass over the logits, and the chosen logit minus logsumexp is its log-probability for free;
 * on CUDA one decoding step is a captured graph per size, replayed per token, and the host looks at the
@@ -19,13 +21,14 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from common.kl import layout_arguments, supports_layout
+from common.kl import head_logits, layout_arguments, supports_layout
 from common.tokenizer import pad
 
 
@@ -68,7 +71,7 @@ class Sampler:
         model: the trained causal language model. It is sampled from directly where it can be; in another `dtype` or
             when its weights are sharded over processes, from a copy that `sync` brings up to date.
         stop_ids: token ids that end a completion.
-        dtype: of the matrix products and of keys and values; the head is float32 always.
+        dtype: of the matrix products and of keys and values; logits are float32 always.
         memory_gb: bound on keys and values; rows beyond it wait. Default: 4 on a CPU, half of what is free on CUDA.
     """
 
@@ -84,20 +87,20 @@ class Sampler:
         self.is_copy = is_sharded or next(model.parameters()).dtype != dtype
         self.model = _empty_copy(model, dtype) if self.is_copy else model
         self.slots: _Slots | None = None
+        self.kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # ids to keys and values of all layers
         self.sync()
 
     @torch.no_grad()
     def sync(self) -> None:
         """Bring the copy up to date. All processes must call it together when weights are sharded."""
+        self.kept.clear()
         if self.is_copy:
             for target, source in zip(self.model.parameters(), self.source.parameters()):
                 target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
         head = self.model.get_output_embeddings()
-        if self.is_copy and self.slots is not None:  # in place: captured graphs hold this memory
-            self.head_weight.copy_(head.weight)
-        else:
-            self.head_weight = head.weight.float()
-        self.head_bias = None if head.bias is None else head.bias.float()
+        self.head_bias = head.bias
+        # A CPU multiplies in float32, where bfloat16 factors are exact; CUDA graphs hold the module's own memory.
+        self.head_weight = head.weight.float() if self.device.type == "cpu" else head.weight
 
     @torch.no_grad()
     def generate(
@@ -108,6 +111,7 @@ class Sampler:
         temperature: float = 1.0,
         seed: int = 0,
         indices: list[int] | None = None,
+        keep: bool = False,
         progress=None,
     ) -> list[list[Completion]]:
         """`num_samples` completions of each prompt, as a list per prompt.
@@ -117,6 +121,8 @@ class Sampler:
             max_tokens: budget of new tokens, one for all or one per prompt.
             temperature: 0 takes the most likely token, and reports log-probabilities at temperature 1.
             indices: the number of each prompt among those of all processes, by which its samples are seeded.
+            keep: hold on to the keys and values of these samples until the next `sync`: a later prompt that continues
+                one of them, as an agent's next turn does, is prefilled from there on.
             progress: called with the number of completions that have ended since the last call.
         """
         budgets = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
@@ -127,33 +133,23 @@ class Sampler:
         progress = progress or (lambda count: None)
         was_training = self.model.training
         self.model.eval()
-        if self.served:
-            flat = self._generate(prompts, budgets, num_samples, temperature, seed, numbers, progress)
-        else:
+        if not self.served:
             flat = self._fall_back(prompts, budgets, num_samples, temperature, seed, numbers, progress)
+        elif not prompts:
+            flat = []
+        else:
+            longest, columns = max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets)
+            if self.slots is None or not self.slots.fits(len(numbers), longest, columns):
+                self.slots = _Slots(self, len(numbers), longest, columns)
+            uniforms = _uniforms(numbers, columns, seed)
+            flat = self.slots.run(prompts, budgets, num_samples, temperature, uniforms, keep, progress)
         self.model.train(was_training)
         return [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
 
-    def _generate(self, prompts, budgets, num_samples, temperature, seed, numbers, progress) -> list[Completion]:
-        total = len(prompts) * num_samples
-        longest, columns = max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets)
-        if self.slots is None or not self.slots.fits(total, longest, columns):
-            self.slots = _Slots(self, total, longest, columns)
-        slots = self.slots
-        slots.begin(_uniforms(numbers, columns, seed), temperature)
-        # Longest prompts first: neighbours are prefilled together, and what may take longest starts soonest.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        waiting = [i * num_samples + k for i in order for k in range(num_samples)]
-        while waiting or slots.rows:
-            free = slots.capacity - slots.rows
-            if waiting and free >= min(num_samples, len(waiting)):
-                admitted, waiting = waiting[:free], waiting[free:]
-                slots.admit(admitted, [prompts[s // num_samples] for s in admitted],
-                            [budgets[s // num_samples] for s in admitted])  # fmt: skip
-            else:
-                slots.decode()
-            progress(slots.release())
-        return slots.completions(total)
+    def longest_kept(self, prompt: list[int]) -> tuple[int, ...]:
+        """The longest kept text that `prompt` continues, or ()."""
+        lengths = sorted({len(ids) for ids in self.kept if len(ids) < len(prompt)}, reverse=True)
+        return next((ids for n in lengths if (ids := tuple(prompt[:n])) in self.kept), ())
 
     def _fall_back(self, prompts, budgets, num_samples, temperature, seed, numbers, progress) -> list[Completion]:
         """The same result from `model.generate`, prompt by prompt, for models whose layers have no key/value slots."""
@@ -196,32 +192,54 @@ def _uniforms(numbers: list[int], columns: int, seed: int) -> torch.Tensor:
     ])  # fmt: skip
 
 
+SHARE_FROM = 2**21  # bytes of keys and values per layer, over all samples, from which prompts are read once only
+_LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # model types that `_decode_llama` computes
+_PADDING = 2**40  # the place of a column that no query may see
+
+
+@dataclass
+class _Prompts:
+    """P prompts of about the same length as their prefill left them, in W columns."""
+
+    numbers: list[int]  # which prompt of the call each is
+    position: torch.Tensor  # [P, W] place of each column in its prompt, or _PADDING
+    keys: list[torch.Tensor] = field(default_factory=list)  # of each layer [P, H_kv, D, W]
+    values: list[torch.Tensor] = field(default_factory=list)  # [P, H_kv, W, D]
+    past: tuple[torch.Tensor, torch.Tensor] | None = None  # kept keys and values for the first columns of all layers
+    mask: torch.Tensor | None = None  # [P, W] to add to the scores of any later query, None for nothing
+
+
 class _Slots:
     """Key/value memory and the state of the rows being decoded; it is the `layout` of the sampler's forwards.
 
-    Rows 0 … rows−1 are live. Everything a decoding step reads or writes is a tensor of fixed shape on the device, so
-    that a CUDA graph can replay it: `token` is fed next, `length` counts the keys already stored, `sequence` says
-    which sample the row draws, `count` how many tokens it has drawn, `done` whether it has ended.
+    Rows 0 … rows−1 are live. What a decoding step reads and writes are tensors of fixed shape on the device, so that
+    a CUDA graph can replay it: `token` is fed next, `length` counts the keys of the row's text, `sequence` says which
+    sample it draws, `count` how many tokens it has drawn, `done` whether it has ended. A row's slot holds the keys
+    and values of its text from place `offset` on: all of it, or the row's own tokens only where prompts are `shared`.
     """
 
     def __init__(self, sampler: Sampler, total: int, longest: int, columns: int):
         self.sampler, self.device = sampler, sampler.device
+        self.total, self.longest_text, self.columns = total, longest, columns
         config = sampler.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers
-        self.width, self.columns = -(-longest // 64) * 64, columns
-        row_bytes = 2 * layers * heads * dim * self.width * sampler.dtype.itemsize
+        # A window shows each sample another part of the prompt, a CUDA graph wants one shape for all, and the calls
+        # that merge two parts cost more than reading a short prompt once for each sample.
+        prompts_bytes = 2 * total * (longest - columns) * heads * dim * sampler.dtype.itemsize
+        has_window = getattr(config, "sliding_window", None)
+        self.shared = self.device.type == "cpu" and prompts_bytes >= SHARE_FROM and not has_window
+        # One column more than any text has takes what is written for padding.
+        self.width = -(-(1 + (columns if self.shared else longest)) // 64) * 64
         memory = 4e9 if self.device.type == "cpu" else 0.5 * torch.cuda.mem_get_info(self.device)[0]
-        if sampler.memory_gb is not None:
-            memory = sampler.memory_gb * 1e9
-        self.capacity = max(1, min(total, int(memory // row_bytes)))
-        self.total = total
-        shape = (layers, self.capacity, heads, self.width, dim)
-        self.keys = torch.zeros(shape, dtype=sampler.dtype, device=self.device)
-        self.values = torch.zeros(shape, dtype=sampler.dtype, device=self.device)
+        self.memory = memory if sampler.memory_gb is None else sampler.memory_gb * 1e9
+        row_bytes = 2 * config.num_hidden_layers * heads * dim * self.width * sampler.dtype.itemsize
+        self.capacity = max(1, min(total, int(self.memory // row_bytes)))
+        slots = {"dtype": sampler.dtype, "device": self.device}
+        self.keys = torch.zeros(config.num_hidden_layers, self.capacity, heads, dim, self.width, **slots)
+        self.values = torch.zeros(config.num_hidden_layers, self.capacity, heads, self.width, dim, **slots)
         integers = {"dtype": torch.long, "device": self.device}
-        self.token, self.length, self.sequence, self.count = torch.zeros(4, self.capacity, **integers).unbind()
+        self.token, self.length, self.offset, self.sequence, self.count = torch.zeros(5, self.capacity, **integers)
         self.done = torch.ones(self.capacity, dtype=torch.bool, device=self.device)
         self.budget = torch.zeros(total, **integers)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=self.device)
@@ -231,92 +249,163 @@ class _Slots:
         self.uniforms = torch.zeros(total, columns, device=self.device)
         self.index = torch.arange(self.capacity, device=self.device)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.rows = 0
-        self.prefill: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and, for each, which prompt fills it
+        self.prefilling: _Prompts | None = None
 
     def fits(self, total: int, longest: int, columns: int) -> bool:
-        return total <= self.total and longest <= self.width and columns <= self.columns
+        return total <= self.total and longest <= self.longest_text and columns <= self.columns
 
-    def begin(self, uniforms: torch.Tensor, temperature: float) -> None:
-        self.uniforms[: uniforms.shape[0], : uniforms.shape[1]] = uniforms.to(self.device)
-        self.drawn = torch.zeros(uniforms.shape[0], dtype=torch.long)
-        self.temperature, self.rows, self.longest = temperature, 0, 0
+    def run(self, prompts, budgets, num_samples, temperature, uniforms, keep, progress) -> list[Completion]:
+        """The samples of all prompts by number: prompt i has the samples i·G … i·G + G − 1."""
+        total = len(prompts) * num_samples
+        self.prompts, self.group, self.temperature, self.keep = prompts, num_samples, temperature, keep
+        self.uniforms[:total, : uniforms.shape[1]] = uniforms.to(self.device)
+        self.budget[:total] = torch.tensor(budgets, device=self.device).repeat_interleave(num_samples)
+        self.stopped.fill_(False)
         self.done.fill_(True)
+        self.rows, self.longest = 0, 0
+        self.samples: list[int] = []  # the sample that each live row draws
+        self.blocks: list[_Prompts] = []
+        self.drawn = [0] * total
+        # Longest first: neighbours are prefilled together, and what may take longest starts soonest.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        waiting = [i * num_samples + k for i in order for k in range(num_samples)]
+        while waiting or self.rows:
+            free = self.capacity - self.rows
+            if waiting and free >= min(num_samples, len(waiting), self.capacity):
+                self.admit(waiting[:free])
+                waiting = waiting[free:]
+            else:
+                self.decode()
+            progress(self.release())
+        self.blocks = []
+        stopped, ids, logprobs = (x[:total].tolist() for x in (self.stopped, self.ids, self.logprobs))
+        return [Completion(ids[i][:n], logprobs[i][:n], stopped[i]) for i, n in enumerate(self.drawn)]
 
     # ------------------------------------------------------------------ attention
 
     def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
-        """Store the new keys and values and attend to all of each row's. query [R, H, T, D]; returns [R, T, H, D]."""
-        if self.prefill is not None:
-            rows, prompts = self.prefill
-            self.keys[layer, rows, :, : key.shape[2]] = key[prompts]
-            self.values[layer, rows, :, : key.shape[2]] = value[prompts]
-            mask = None
-            if window is not None and window < key.shape[2]:
-                position = torch.arange(key.shape[2], device=self.device)
-                distance = position[:, None] - position
-                mask = (distance >= 0) & (distance < window)
-            grouped = query.shape[1] != key.shape[1]
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-            return out.transpose(1, 2)
+        """What `layout_attention` asks of a layout. query [R, H, T, D]; returns [R, T, H, D]."""
+        if self.prefilling is not None:
+            return self._attend_prefill(layer, query, key, value, scaling, window)
+        return self.attend_one(layer, *(x[:, :, 0] for x in (query, key, value)), scaling, window)[:, None]
+
+    def attend_one(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
+        """Store one token's key and value [R, H_kv, D] in each row and attend to all of its text; query [R, H, D]."""
         rows = query.shape[0]
-        length = self.length[:rows]
-        self.keys[layer, self.index[:rows], :, length] = key[:, :, 0]
-        self.values[layer, self.index[:rows], :, length] = value[:, :, 0]
+        self.keys[layer, self.index[:rows], :, :, self.place] = key
+        self.values[layer, self.index[:rows], :, self.place] = value
         # The queries that share a key/value head stand side by side as its queries: no key is repeated.
-        grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
-        outputs = []
-        for start, stop, width, mask in self.blocks:
-            if window is not None and window < width:
-                column, last = torch.arange(width, device=self.device), length[start:stop, None]
-                mask = self._additive((column <= last) & (column > last - window))
-            keys, values = self.keys[layer, start:stop, :, :width], self.values[layer, start:stop, :, :width]
-            outputs.append(
-                F.scaled_dot_product_attention(grouped[start:stop], keys, values, attn_mask=mask, scale=scaling)
-            )
-        return torch.cat(outputs).reshape(rows, 1, query.shape[1], -1)
+        grouped = (query * scaling).view(rows, key.shape[1], -1, query.shape[-1])  # [R, H_kv, H/H_kv, D]
+        keys, values = self.keys[layer, :rows, ..., : self.visible], self.values[layer, :rows, :, : self.visible]
+        mask = self.mask
+        if window is not None and window < self.visible:
+            column = torch.arange(self.visible, device=self.device)
+            mask = self._additive((column <= self.place[:, None]) & (column > self.place[:, None] - window))
+        out, lse = _attention(grouped, keys, values, mask)
+        if self.shared:
+            out = self._merge_prompts(layer, grouped, out, lse)
+        return out.view(query.shape)
+
+    def _merge_prompts(self, layer: int, grouped, own, own_lse) -> torch.Tensor:
+        """Attention to a row's own tokens merged with that to its prompt, which is read once for all its samples."""
+        outs, lses = [], []
+        for block, asked in zip(self.blocks, grouped[self.grid].split(self.sizes)):
+            _, heads, queries, dim = asked.shape
+            prompts = len(block.numbers)
+            asked = asked.view(prompts, -1, heads, queries, dim).transpose(1, 2)  # [P, H_kv, g, H/H_kv, D]
+            out, lse = _attention(asked.flatten(2, 3), block.keys[layer], block.values[layer], block.mask)
+            outs.append(out.view(asked.shape).transpose(1, 2).flatten(0, 1))
+            lses.append(lse.view(asked.shape[:-1]).transpose(1, 2).flatten(0, 1))
+        prompt, prompt_lse = torch.cat(outs)[self.back], torch.cat(lses)[self.back]
+        return prompt.lerp(own, (own_lse - prompt_lse).sigmoid().to(own.dtype)[..., None])
+
+    def _attend_prefill(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
+        block, mask = self.prefilling, None
+        if block.past is not None:
+            key = torch.cat([block.past[0][layer].mT, key], dim=2)
+            value = torch.cat([block.past[1][layer], value], dim=2)
+        block.keys.append(key.mT.contiguous())
+        block.values.append(value)
+        is_windowed = window is not None and window < key.shape[2]
+        if block.past is not None or is_windowed:
+            distance = block.position[:, -query.shape[2] :, None] - block.position[:, None]  # [P, T, W]
+            mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return out.transpose(1, 2)
 
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
-        """A mask [n, 1, 1, width] to add to scores, from one that says which keys [n, width] are seen."""
-        mask = torch.zeros(visible.shape, dtype=self.keys.dtype, device=self.device)
-        return mask.masked_fill_(~visible, -math.inf)[:, None, None]
+        """A mask to add to scores, from one that says which keys [n, width] are seen."""
+        return torch.zeros(visible.shape, device=self.device).masked_fill_(~visible, -math.inf)
 
     # ------------------------------------------------------------------ rows come, advance and go
 
-    def admit(self, sequences: list[int], prompts: list[list[int]], budgets: list[int], tokens: int = 16384) -> None:
-        """Give each sample a slot, prefill every distinct prompt once, and draw the first tokens."""
-        begin = 0
-        while begin < len(sequences):
-            distinct: list[list[int]] = []
-            which: list[int] = []
-            for prompt in prompts[begin:]:
-                if not distinct or prompt != distinct[-1]:
-                    if distinct and (len(distinct) + 1) * len(distinct[0]) > tokens:
-                        break
-                    distinct.append(prompt)
-                which.append(len(distinct) - 1)
-            rows = slice(self.rows, self.rows + len(which))
-            self.rows += len(which)
-            group = torch.tensor(which, device=self.device)
-            chosen = sequences[begin : begin + len(which)]
+    def admit(self, samples: list[int], tokens: int = 16384) -> None:
+        """Give each sample a slot, prefill the prompts they continue, and draw their first tokens."""
+        numbers = list(dict.fromkeys(sample // self.group for sample in samples))  # longest first
+        while numbers:
+            longest = len(self.prompts[numbers[0]])
+            together = numbers[: max(1, tokens // longest)]
+            together = [n for n in together if len(self.prompts[n]) >= 0.75 * longest - 8]
+            numbers = numbers[len(together) :]
+            block, hidden = self.prefill(together)
+            chosen = [sample for sample in samples if sample // self.group in together]
+            which = torch.tensor([together.index(sample // self.group) for sample in chosen], device=self.device)
+            rows = slice(self.rows, self.rows + len(chosen))
+            self.rows += len(chosen)
+            self.samples += chosen
             self.sequence[rows] = torch.tensor(chosen, device=self.device)
-            self.budget[self.sequence[rows]] = torch.tensor(budgets[begin : begin + len(which)], device=self.device)
-            self.length[rows] = torch.tensor([len(p) for p in distinct], device=self.device)[group]
+            self.length[rows] = torch.tensor([len(self.prompts[n]) for n in together], device=self.device)[which]
             self.count[rows], self.done[rows] = 0, False
-            ids, _, positions = pad(distinct, 0)
-            self.prefill = (self.index[rows], group)
-            hidden = self._forward(ids.to(self.device), positions.to(self.device))
-            self.prefill = None
-            last = hidden[self.index[: len(distinct)], self.length[rows].new_tensor([len(p) - 1 for p in distinct])]
-            self._draw(last[group], rows)
-            begin += len(which)
-            self.longest = max(self.longest, max(map(len, distinct)))
+            self.longest = max(self.longest, longest)
+            if self.shared:
+                self.offset[rows] = self.length[rows]
+                self.blocks.append(block)
+            else:
+                self.offset[rows] = 0
+                place = block.position.clamp(max=self.width - 1)[which]
+                for layer, (keys, values) in enumerate(zip(block.keys, block.values)):
+                    self.keys[layer, self.index[rows, None], :, :, place] = keys[which].permute(0, 3, 1, 2)
+                    self.values[layer, self.index[rows, None], :, place] = values[which].transpose(1, 2)
+            self._draw(hidden[which], rows)
+        self._arrange()
+
+    def prefill(self, numbers: list[int]) -> tuple[_Prompts, torch.Tensor]:
+        """Keys and values of some prompts, and the hidden state [P, d] of the last token of each."""
+        prompts = [self.prompts[n] for n in numbers]
+        pasts = [self.sampler.longest_kept(prompt) for prompt in prompts]
+        known = torch.tensor([len(past) for past in pasts])[:, None]
+        ids, is_real, position = pad([prompt[len(past) :] for prompt, past in zip(prompts, pasts)], 0)
+        position = position + known
+        block = _Prompts(numbers, position.masked_fill(is_real == 0, _PADDING).to(self.device))
+        if any(pasts):
+            column = torch.arange(int(known.max())).expand(len(prompts), -1)
+            column = column.masked_fill(column >= known, _PADDING).to(self.device)
+            block.position = torch.cat([column, block.position], dim=1)
+            layers, _, heads, dim, _ = self.keys.shape
+            keys = self.keys.new_zeros(layers, len(prompts), heads, dim, column.shape[1])
+            values = self.values.new_zeros(layers, len(prompts), heads, column.shape[1], dim)
+            for p, past in enumerate(pasts):
+                if past:
+                    keys[:, p, ..., : len(past)], values[:, p, :, : len(past)] = self.sampler.kept[past]
+            block.past = keys, values
+            for past in pasts:
+                self.sampler.kept.pop(past, None)
+        self.prefilling = block
+        hidden = self._forward(ids.to(self.device), position.to(self.device))
+        self.prefilling = None
+        block.past = None
+        if (is_seen := block.position < _PADDING).logical_not().any():
+            block.mask = self._additive(is_seen)
+        last = is_real.sum(1).to(self.device) - 1
+        return block, hidden[torch.arange(len(prompts), device=self.device), last]
 
     def decode(self) -> None:
         """One token for every live row; on CUDA eight before the host looks again."""
         if self.device.type == "cpu":
+            self.visible = int((self.length - self.offset)[: self.rows].max()) + 1
             self._advance(self.rows)
             return
         rows = min(self.capacity, 1 << (self.rows - 1).bit_length())  # free slots are decoded idly, as done rows
@@ -324,20 +413,17 @@ class _Slots:
             self._replay(rows)
 
     def _advance(self, rows: int) -> None:
-        length = self.length[:rows]
-        # On a CPU a block of rows reads no further than its own longest; rows arrive sorted, so blocks are even.
-        size = 32 if self.device.type == "cpu" else rows
-        self.blocks = []
-        for start in range(0, rows, size):
-            part = length[start : start + size]
-            width = int(part.max()) + 1 if self.device.type == "cpu" else self.visible
-            even = self.device.type == "cpu" and int(part.min()) == width - 1
-            column = torch.arange(width, device=self.device)
-            mask = None if even else self._additive(column <= part[:, None])
-            self.blocks.append((start, start + len(part), width, mask))
-        hidden = self._forward(self.token[:rows, None], length[:, None])
+        self.place = (self.length - self.offset)[:rows]
+        is_even = self.device.type == "cpu" and int(self.place.min()) == self.visible - 1
+        column = torch.arange(self.visible, device=self.device)
+        self.mask = None if is_even else self._additive(column <= self.place[:, None])
+        token, position = self.token[:rows], self.length[:rows]
+        if self.sampler.model.config.model_type in _LLAMA_FAMILY:
+            hidden = _decode_llama(self.sampler.model.base_model, token, position, self.attend_one)
+        else:
+            hidden = self._forward(token[:, None], position[:, None])[:, 0]
         self.length[:rows] += (~self.done[:rows]).long()
-        self._draw(hidden[:, 0], slice(0, rows))
+        self._draw(hidden, slice(0, rows))
 
     def _replay(self, rows: int) -> None:
         """One decoding step as a CUDA graph, captured once per number of rows, width and temperature."""
@@ -364,7 +450,7 @@ class _Slots:
         return model(input_ids=ids, position_ids=positions, **layout_arguments(self, self.device)).last_hidden_state
 
     def _draw(self, hidden: torch.Tensor, rows: slice) -> None:
-        logits = F.linear(hidden.float(), self.sampler.head_weight, self.sampler.head_bias)
+        logits = head_logits(hidden, self.sampler.head_weight, self.sampler.head_bias, self.sampler.dtype)
         sequence, count, done = self.sequence[rows], self.count[rows], self.done[rows]
         if self.temperature == 0:
             token = logits.argmax(-1)
@@ -387,30 +473,121 @@ class _Slots:
         Moving a row costs about as much as computing a finished one for a while, so it waits for an eighth of them.
         """
         done = self.done[: self.rows].tolist()
-        ended = sum(done)
-        if ended < max(1, self.rows // 8):
+        finished = [row for row, is_done in enumerate(done) if is_done]
+        if len(finished) < max(1, self.rows // 8):
             return 0
-        finished = [i for i in range(self.rows) if done[i]]
-        sequences = self.sequence[: self.rows].cpu()
-        self.drawn[sequences[finished]] = self.count[: self.rows].cpu()[finished]
-        live = self.rows - ended
-        holes = [i for i in finished if i < live]
-        movers = [i for i in range(live, self.rows) if not done[i]]
+        counts = self.count[: self.rows].tolist()
+        for row in finished:
+            self.drawn[self.samples[row]] = counts[row]
+            if self.keep:
+                self._keep(row, counts[row])
+        live = self.rows - len(finished)
+        holes = [row for row in finished if row < live]
+        movers = [row for row in range(live, self.rows) if not done[row]]
         if holes:
             to, source = (torch.tensor(x, device=self.device) for x in (holes, movers))
-            used = int(self.length[source].max())
-            for cache in (self.keys, self.values):
-                for layer in cache:
-                    layer[to, :, :used] = layer[source, :, :used]
-            for state in (self.token, self.length, self.sequence, self.count):
+            used = int((self.length - self.offset)[source].max())
+            for keys, values in zip(self.keys, self.values):
+                keys[to, ..., :used] = keys[source, ..., :used]
+                values[to, :, :used] = values[source, :, :used]
+            for state in (self.token, self.length, self.offset, self.sequence, self.count):
                 state[to] = state[source]
+            for hole, mover in zip(holes, movers):
+                self.samples[hole] = self.samples[mover]
         self.done[:live] = False
         self.done[live : self.rows] = True
-        self.rows = live
-        return ended
+        self.rows, self.samples = live, self.samples[:live]
+        self._arrange()
+        return len(finished)
 
-    def completions(self, total: int) -> list[Completion]:
-        counts, stopped = self.drawn.tolist(), self.stopped[:total].tolist()
-        ids, logprobs = self.ids[:total].tolist(), self.logprobs[:total].tolist()
-        self.stopped.fill_(False)
-        return [Completion(ids[i][:n], logprobs[i][:n], stopped[i]) for i, n in enumerate(counts)]
+    def _arrange(self) -> None:
+        """Find the rows of each shared prompt anew, and let go of the prompts that have none left."""
+        rows_of: dict[int, list[int]] = {}
+        for row, sample in enumerate(self.samples):
+            rows_of.setdefault(sample // self.group, []).append(row)
+        grid: list[int] = []
+        self.sizes, kept = [], []
+        for block in self.blocks:
+            alive = [p for p, number in enumerate(block.numbers) if number in rows_of]
+            if not alive:
+                continue
+            if len(alive) < len(block.numbers):
+                block.numbers = [block.numbers[p] for p in alive]
+                block.keys, block.values = ([x[alive] for x in layers] for layers in (block.keys, block.values))
+                block.position = block.position[alive]
+                block.mask = None if block.mask is None else block.mask[alive]
+            widest = max(len(rows_of[number]) for number in block.numbers)
+            for number in block.numbers:
+                grid += (rows_of[number] + [rows_of[number][0]] * widest)[:widest]
+            self.sizes.append(widest * len(block.numbers))
+            kept.append(block)
+        self.blocks = kept
+        where = {row: i for i, row in enumerate(grid)}
+        self.grid = torch.tensor(grid, dtype=torch.long)
+        self.back = torch.tensor([where[row] for row in range(self.rows)] if grid else [], dtype=torch.long)
+
+    def _keep(self, row: int, count: int) -> None:
+        """Hold on to the keys and values of a finished row's text; its last token, never fed, has none."""
+        sample = self.samples[row]
+        prompt = self.prompts[sample // self.group]
+        used = count - 1 + (0 if self.shared else len(prompt))
+        keys, values = self.keys[:, row, ..., :used], self.values[:, row, :, :used]
+        if self.shared:
+            block = next(b for b in self.blocks if sample // self.group in b.numbers)
+            p = block.numbers.index(sample // self.group)
+            columns = (block.position[p] < _PADDING).nonzero()[:, 0]
+            keys = torch.cat([torch.stack([x[p] for x in block.keys])[..., columns], keys], dim=3)
+            values = torch.cat([torch.stack([x[p] for x in block.values])[:, :, columns], values], dim=2)
+        kept = self.sampler.kept
+        kept[tuple(prompt + self.ids[sample, : count - 1].tolist())] = keys.clone(), values.clone()
+        while sum(keys.nbytes + values.nbytes for keys, values in kept.values()) > self.memory:
+            kept.pop(next(iter(kept)))  # the oldest
+
+
+def _attention(query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few queries a row, with the log-sum-exp of their scores, by which two parts can be merged.
+
+    Keys lie transposed: plain products over them beat every fused kernel where queries are so few. query [n, H, T, D],
+    scaled, keys [n, H, D, W], values [n, H, W, D], mask [n, W] or None. Returns: [n, H, T, D] and [n, H, T] in float32.
+    """
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1)).view(*query.shape[:-1], -1).float()
+    if mask is not None:
+        scores += mask[:, None, None]
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights.to(values.dtype).flatten(0, 1), values.flatten(0, 1)).view(query.shape)
+    return out / total.to(out.dtype), (highest + total.log())[..., 0]
+
+
+def _decode_llama(model, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+    """The forward of Llama's family for one token a row, ids and positions [R]; returns the last hidden states [R, d].
+
+    It computes what the modules compute, without what they cost on small tensors: calls, masks, unfused norms.
+    """
+
+    def normalise(norm, x):
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    def project(linear, x):
+        return F.linear(x, linear.weight, linear.bias)
+
+    hidden = model.embed_tokens(ids)
+    cos, sin = model.rotary_emb(hidden[:, None], positions[:, None])  # [R, 1, D]
+    for i, layer in enumerate(model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        x = normalise(layer.input_layernorm, hidden)
+        heads = (len(ids), -1, attention.head_dim)
+        query, key, value = (project(p, x).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):
+            query, key = normalise(attention.q_norm, query), normalise(attention.k_norm, key)
+        both = torch.cat([query, key], dim=1)
+        first, second = both.chunk(2, dim=-1)
+        both = torch.addcmul(both * cos, torch.cat([-second, first], dim=-1), sin)
+        query, key = both.split([query.shape[1], key.shape[1]], dim=1)
+        window = getattr(attention, "sliding_window", getattr(model.config, "sliding_window", None))
+        out = attend(i, query, key, value, attention.scaling, window)
+        hidden = hidden + project(attention.o_proj, out.flatten(1))
+        x = normalise(layer.post_attention_layernorm, hidden)
+        hidden = hidden + project(mlp.down_proj, mlp.act_fn(project(mlp.gate_proj, x)) * project(mlp.up_proj, x))
+    return normalise(model.norm, hidden)

@@ -1,6 +1,6 @@
 """Score tokens under a model, and measure how far it has moved from another.
 
-Everything that touches a log-probability is float32, and full logits [N, V] are never held: the
+Logits, log-probabilities and all that follows are float32, and full logits [N, V] are never held: the
 language-model head runs over the scored positions only, in chunks, recomputed in the backward pass.
 
 Which gradient an estimator of KL(π‖ref) gives depends on where it is used. With d = log π − log ref at
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -129,30 +128,84 @@ def hidden_states(model, batch: Packed, packing: bool = True) -> torch.Tensor:
 def head_logprobs(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
     """Apply the language-model head to `hidden` [S, d] chunk by chunk and score `targets` [S].
 
-    A chunk's float32 logits stay under 16 MB on a CPU, where larger blocks of memory are returned to the system
-    and paged in again for every chunk, and under 512 MB on a GPU, where fewer and larger launches win.
+    Returns: log-probabilities [S] with gradient and entropies [S] without, float32. Under autocast the factors of
+    the head's products may be rounded to bfloat16; their sums, the logits and all that follows stay float32.
     """
-    budget = 2**22 if hidden.device.type == "cpu" else 2**27
-    rows = max(1, budget // head.weight.shape[0])
-    chunks = [
-        checkpoint(_score_chunk, head.weight, head.bias, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), targets.split(rows))
-    ]
-    if not chunks:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
-    logprobs, entropy = zip(*chunks)
-    return torch.cat(logprobs), torch.cat(entropy)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return _HeadLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, dtype)
 
 
-def _score_chunk(weight, bias, hidden, targets, temperature):
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()) / temperature
-    logsumexp = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - logsumexp
-    with torch.no_grad():  # H = logsumexp(z) − Σ p·z
-        probabilities = (logits - logsumexp[:, None]).exp_()
-        entropy = logsumexp - torch.linalg.vecdot(probabilities, logits)
-    return logprobs, entropy
+class _HeadLogprobs(torch.autograd.Function):
+    """softmax(head(hidden)/τ) at the targets: logits live for one chunk at a time, and the backward pass makes them
+    again instead of keeping them, adding each chunk's share of the head's gradient in place."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
+        logprobs, entropy, logsumexp = hidden.new_empty(3, len(targets), dtype=torch.float32).unbind()
+        for rows in _chunks(hidden, weight):
+            logits = head_logits(hidden[rows], weight, bias, dtype).div_(temperature)  # [c, V]
+            highest = logits.amax(-1)
+            weights = (logits - highest[:, None]).exp_()
+            total = weights.sum(-1)
+            logsumexp[rows] = highest + total.log()
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logsumexp[rows]
+            entropy[rows] = logsumexp[rows] - torch.linalg.vecdot(weights, logits) / total  # H = logsumexp(z) − Σ p·z
+        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for rows in _chunks(hidden, weight):
+            logits = head_logits(hidden[rows], weight, bias, ctx.dtype).div_(ctx.temperature)
+            grad_logits = logits.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])  # (1[target] − p)·grad
+            grad_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
+            grad_hidden[rows] = matrix_product(grad_logits, weight, ctx.dtype).to(hidden.dtype)
+            if grad_weight is not None:
+                matrix_product(grad_logits.T, hidden[rows], ctx.dtype, onto=grad_weight)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    """Rows whose float32 logits stay under 16 MB on a CPU, where larger blocks of memory are returned to the system
+    and paged in again for every chunk, and under 512 MB on a GPU, where fewer and larger launches win."""
+    size = max(1, (2**22 if hidden.device.type == "cpu" else 2**27) // weight.shape[0])
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+    """Logits [n, V] in float32 of `hidden` [n, d], their products taken in `dtype`."""
+    logits = matrix_product(hidden, weight.T, dtype)
+    return logits if bias is None else logits.add_(bias)
+
+
+def matrix_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, onto: torch.Tensor | None = None):
+    """a @ b, or that added to `onto` in place, accumulated and returned in float32.
+
+    With `dtype` bfloat16 the hardware may round the factors to it, which leaves factors that are bfloat16 already
+    as they are: twice to four times as fast as float32 on CPUs and more on GPUs, with none of the rounding of logits
+    that a product returned in bfloat16 has.
+    """
+    if dtype == torch.float32 or a.device.type != "cuda":
+        matmul = torch.backends.mkldnn.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee" if dtype == torch.float32 else "bf16"
+        try:
+            return a.float() @ b.float() if onto is None else onto.addmm_(a.float(), b.float())
+        finally:
+            matmul.fp32_precision = before
+    product = torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    return product if onto is None else onto.add_(product)
 
 
 # ---------------------------------------------------------------------------------------------- KL and statistics

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common import generation
 from common.generation import Sampler, draw
 from common.kl import token_logprobs
 from common.tokenizer import (
@@ -205,12 +206,18 @@ def check_sampler(model, sampler, prompts, budget: int, samples: int = 3) -> lis
     return groups
 
 
+@pytest.fixture(params=["prompts shared", "prompts copied"])
+def sharing(request, monkeypatch):
+    """Run a test with prompts read once for all samples, and with prompts copied behind each of them."""
+    monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
+
+
 def some_prompts(tokenizer) -> list[list[int]]:
     chats = [CHAT[:1], CHAT[:3], [{"role": "system", "content": "Think first."}, CHAT[0]]]
     return [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]
 
 
-def test_detail_4_samples_score_as_sampled_and_keep_their_stop_token(model, tokenizer):
+def test_detail_4_samples_score_as_sampled_and_keep_their_stop_token(model, tokenizer, sharing):
     sampler = Sampler(model, stop_token_ids(tokenizer))
     groups = check_sampler(model, sampler, some_prompts(tokenizer), 40)
     assert any(c.stopped for g in groups for c in g)
@@ -218,7 +225,7 @@ def test_detail_4_samples_score_as_sampled_and_keep_their_stop_token(model, toke
     assert not any(c.stopped for g in short for c in g) and all(len(c.ids) == 3 for g in short for c in g)
 
 
-def test_samples_depend_on_the_seed_alone(model, tokenizer):
+def test_samples_depend_on_the_seed_alone(model, tokenizer, sharing):
     prompts, stops = some_prompts(tokenizer), stop_token_ids(tokenizer)
     whole = Sampler(model, stops).generate(prompts, 40, 4, seed=7)
     ids = [[c.ids for c in group] for group in whole]
@@ -231,13 +238,58 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer):
     assert [[c.ids for c in g] for g in Sampler(model, stops).generate(prompts, 40, 4, seed=8)] != ids
 
 
-def test_budget_per_prompt_and_greedy(model, tokenizer):
+def test_budget_per_prompt_and_greedy(model, tokenizer, sharing):
     sampler = Sampler(model, stop_token_ids(tokenizer))
     prompts = some_prompts(tokenizer)
     groups = sampler.generate(prompts, [1, 30, 2], 2, temperature=0.0)
     assert [len(g[0].ids) for g in groups][::2] == [1, 2] and groups[1][0].ids == groups[1][1].ids
     expected = model.generate(torch.tensor([prompts[1]]), do_sample=False, max_new_tokens=30, pad_token_id=1)
     assert groups[1][0].ids == expected[0, len(prompts[1]) :].tolist()
+
+
+def test_an_agents_turns_go_on_from_kept_keys_and_values(model, tokenizer, sharing):
+    """Three turns: each feeds the last token of the one before and what is new, and scores as a fresh forward does."""
+    sampler = Sampler(model, stop_token_ids(tokenizer))
+    prompts, fed = some_prompts(tokenizer), []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, _: fed.append(inputs[0].shape))
+    for turn in range(3):
+        fed.clear()
+        groups = sampler.generate(prompts, [20, 9, 14], seed=turn, keep=True)
+        prefilled = sum(rows * width for rows, width in (shape for shape in fed if len(shape) == 2))
+        for prompt, (completion,) in zip(prompts, groups):
+            expected = logprobs_alone(model, prompt + completion.ids)[len(prompt) - 1 :]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-4)
+        if turn:
+            assert prefilled <= 3 * (1 + 4)  # the token never fed, and the observation
+        assert len(sampler.kept) == 3
+        observations = [[13 + turn, 20, 21, 22][: 2 + i] for i in range(3)]
+        prompts = [p + group[0].ids + o for p, group, o in zip(prompts, groups, observations)]
+    sampler.sync()
+    assert not sampler.kept
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Mistral", "Olmo2", "GPT2"])
+def test_other_architectures_score_as_sampled(kind, sharing):
+    """Llama's family by the fused decoding step, others by their own modules; biases, untied heads, scaling."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "Llama":
+        rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        sizes |= {"rope_parameters": rope, "attention_bias": True, "mlp_bias": True}
+    if kind == "GPT2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    else:
+        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=60, initializer_range=0.3, **sizes)
+    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():  # biases start at zero, norms at one
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.set_attn_implementation("layout")
+    document = torch.randint(60, (20,)).tolist()
+    check_sampler(model, Sampler(model, [0]), [document[:7], document[3:5]], 12)
 
 
 def test_draw_has_the_right_distribution():
