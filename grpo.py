@@ -62,17 +62,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 import tyro
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -81,9 +74,11 @@ from transformers.utils import logging as transformers_logging
 from common.generation import Completion, Sampler
 from common.kl import kl_estimate, local_token_logprobs, token_logprobs
 from common.tokenizer import (
-    encode_text,
+    as_messages,
+    encode_prompt,
     load_tokenizer,
     pack_completions,
+    pad_rows,
     render_chat,
     split_by_tokens,
     stop_token_ids,
@@ -266,14 +261,14 @@ def policy_loss(
     clip_high: float,
     ratio: str = "token",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate. logprobs, old_logprobs, mask [B, T], advantages [B]; returns loss and ratio [B, T]."""
+    """PPO's clipped surrogate. logprobs, old_logprobs, mask [B, T], advantages [B, 1]; returns loss, ratio [B, T]."""
     log_ratio = (logprobs - old_logprobs) * mask
     if ratio == "sequence":  # detail 8
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
     rho = log_ratio.exp()
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
-    gain = torch.minimum(rho * advantages[:, None], clipped * advantages[:, None])  # detail 5
-    return -gain, rho
+    gain = torch.minimum(rho * advantages, clipped * advantages)  # detail 5
+    return -gain, rho.detach()
 
 
 def aggregate(
@@ -291,26 +286,14 @@ def aggregate(
 # ---------------------------------------------------------------------------------------------- data and scoring
 
 
-def as_messages(value, role: str) -> list[dict]:
-    """A text becomes one message of `role`; a list of messages stays what it is."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-
-
-def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
-    """Rows as questions: prompt ids, gold answer and the row itself. Prompts that are too long are dropped and counted.
-
-    A prompt that is plain text becomes a user's message where the tokenizer has a chat template.
-    """
+def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
+    """Rows as questions: prompt ids, gold answer and the row. Prompts over `max_tokens` are dropped and counted."""
     questions = []
     for row in rows:
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
-        if tokenizer.chat_template or not isinstance(prompt, str):
-            messages = as_messages(prompt, "user")
-            ids = render_chat(tokenizer, messages, tools=row.get("tools"), generation_prompt=True).ids
-        else:
-            ids = encode_text(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt, row.get("tools"))
         if 0 < len(ids) <= max_tokens:
-            questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
+            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
     if len(questions) < len(rows):
         print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
@@ -318,24 +301,21 @@ def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) ->
     return questions
 
 
-def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args: Args, scorer) -> dict:
+def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args: Args, reward_model) -> dict:
     """Reward components of every completion, each [P, G], and their weighted sum under "total"."""
     texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in groups]
+    weights = {"answer": args.answer_weight, "format": args.format_weight, "length": args.length_weight}
     components = {}
-    for name, reward in REWARDS.items():
-        if name == "answer" and args.reward_model and "answer" not in questions[0]["row"]:
-            continue
+    for name in (name for name, weight in weights.items() if weight):
         components[name] = torch.tensor([
-            [reward(text, q["row"], len(c.ids) / args.max_completion_tokens) for text, c in zip(row, group)]
+            [REWARDS[name](text, q["row"], len(c.ids) / args.max_completion_tokens) for text, c in zip(row, group)]
             for q, row, group in zip(questions, texts, groups)
         ])  # fmt: skip
-    weights = {"answer": args.answer_weight, "format": args.format_weight, "length": args.length_weight, "model": 1.0}
-    if scorer:
-        prompts = [as_messages(q["row"].get("prompt", q["row"].get("question")), "user") for q in questions]
-        pairs = [(prompt, text) for prompt, row in zip(prompts, texts) for text in row]
-        components["model"] = scorer(pairs).view(len(questions), -1)
-    components = {name: values for name, values in components.items() if weights[name]}
-    components["total"] = sum(weights[name] * values for name, values in components.items())
+    if reward_model:
+        prompts = [as_messages(q["row"].get("prompt") or q["row"]["question"], "user") for q in questions]
+        components["model"] = reward_model([(p, text) for p, row in zip(prompts, texts) for text in row])
+        components["model"] = components["model"].view(len(questions), -1)
+    components["total"] = sum(weights.get(name, 1.0) * values for name, values in components.items())
     return components
 
 
@@ -351,7 +331,7 @@ def load_reward_model(path: str, device, trust_remote_code: bool):
     model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def scorer(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
+    def reward_model(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
         scores = []
         for prompt, text in pairs:
             ids = render_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}]).ids
@@ -359,7 +339,7 @@ def load_reward_model(path: str, device, trust_remote_code: bool):
             scores.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, 0].float().cpu())
         return torch.stack(scores)
 
-    return scorer
+    return reward_model
 
 
 @torch.no_grad()
@@ -371,176 +351,30 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
     mine, indices = questions[rank::world], list(range(rank, len(questions), world))
     prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
     with tqdm(total=len(mine) * (args.eval_samples + 1), desc="evaluating", leave=False, disable=None) as bar:
-        sampled = sampler.generate(
-            prompts, budget, args.eval_samples, args.temperature, args.seed, indices, progress=bar.update
-        )
+        sampling = {"num_samples": args.eval_samples, "temperature": args.temperature, "seed": args.seed}
+        sampled = sampler.generate(prompts, budget, **sampling, indices=indices, progress=bar.update)
         greedy = sampler.generate(prompts, budget, temperature=0.0, progress=bar.update)
-    sums = {"right": 0, "right_greedy": 0, "length": 0, "cut": 0, "sampled": 0, "asked": len(mine)}
+    sums = {"right": 0, "right_greedy": 0, "length": 0, "cut": 0, "sampled": 0, "known": 0}
     for question, group, best in zip(mine, sampled, greedy):
+        gold = question["gold"]
         texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in [*group, *best]]
-        *right, right_greedy = [is_correct(text, question["gold"]) for text in texts]
-        sums["right"] += sum(right)
+        *right, right_greedy = [gold is not None and is_correct(text, gold) for text in texts]
+        sums["right"] += sum(right) / len(group)
         sums["right_greedy"] += right_greedy
+        sums["known"] += gold is not None
         sums["length"] += sum(len(c.ids) for c in group)
         sums["cut"] += sum(not c.stopped for c in group)
         sums["sampled"] += len(group)
         prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
-        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": question["gold"]})
-    sums = dict(zip(sums, reduce_over_processes(list(sums.values()), sampler.device)))
-    return {
-        "eval/accuracy": sums["right"] / sums["sampled"],
-        "eval/accuracy_greedy": sums["right_greedy"] / sums["asked"],
-        "eval/completion_length": sums["length"] / sums["sampled"],
-        "eval/truncated_fraction": sums["cut"] / sums["sampled"],
-    }, samples
-
-
-# ---------------------------------------------------------------------------------------------- main
-
-
-def main(args: Args) -> dict:
-    args = resumed_args(args, "grpo")
-    check_grpo_args(args)
-    device, rank, world = start_processes(args.device)
-    stop = catch_stop_signals()
-
-    # Data, before any model is loaded.
-    columns = (("prompt", "answer"), ("question", "answer")) if not args.reward_model else (("prompt",), ("question",))
-    rows = load_rows(args.dataset, args.subset, args.split, columns)
-    if args.eval_dataset or args.dataset == Args.dataset:
-        held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
-        held_out = load_rows(held_out_source, args.subset, args.split, columns)[: args.eval_rows]
-    else:
-        held_out_source = f"rows held out of {args.dataset}"
-        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
-    longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
-    if longest < 1:
-        sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
-    questions = encode_prompts(tokenizer, rows, args.dataset, longest)
-    held_out = encode_prompts(tokenizer, held_out, held_out_source, longest)
-    shuffle = torch.Generator().manual_seed(args.seed)  # passes over all questions, as many as the steps take
-    passes = math.ceil(args.steps * args.batch_size / len(questions))
-    order = torch.cat([torch.randperm(len(questions), generator=shuffle) for _ in range(passes)]).tolist()
-
-    # Models, optimizer, run folder.
-    bfloat16 = uses_bfloat16(args.dtype, device)
-    policy = load_model(args.model, device, args)
-    stops = stop_token_ids(tokenizer, policy)
-    policy = shard(policy, world, bfloat16)
-    reference = shard(load_model(args.model, device, args), world, bfloat16) if args.beta else None
-    scorer = load_reward_model(args.reward_model, device, args.trust_remote_code) if args.reward_model else None
-    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
-    shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL"}
-    run = Run(args, "grpo", rank, {**shown, "eval/accuracy": "accuracy"})
-
-    def evaluate() -> tuple[dict, list[dict]]:
-        sampler.sync()
-        return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)
-
-    if args.resume:
-        first = load_checkpoint(run, policy, optimizer)
-        if first >= args.steps:
-            sys.exit(f"{run.folder} has already done its {args.steps} steps; give more --steps to go on.")
-    else:
-        first, (run.baseline, samples) = 0, evaluate()
-        run.log(0, run.baseline, samples)
-
-    for step in range(first + 1, args.steps + 1):
-        began = time.perf_counter()
-        seed = args.seed * 1_000_003 + step  # detail 10
-        batch = [questions[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
-        positions = list(range(rank, len(batch), world))  # of this process's prompts in the batch
-        mine = [batch[p] for p in positions]
-
-        # Sample.
-        sampler.sync()
-        groups = sampler.generate(
-            [q["ids"] for q in mine], args.max_completion_tokens, args.num_samples, args.temperature, seed, positions
-        )
-        sampled = time.perf_counter()
-
-        # Score, and compare within each group.
-        rewards = score(tokenizer, mine, groups, args, scorer)
-        advantages = group_advantages(rewards["total"], args.advantage).flatten().to(device)  # [B]
-        rollout = Rollout([q["ids"] for q in mine], groups, device)
-        reference_rows = rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens, device)
-        if reference is not None:
-            with torch.no_grad():
-                for rows, _ in reference_rows:
-                    rollout.ref_logprobs[rows] = score_tokens(reference, rollout, rows, args.temperature, bfloat16)[0]
-
-        # Update.
-        totals, ratio_max, grad_norms = Counter(), 0.0, []
-        rate = learning_rate_at(step, args.steps, args)
-        for epoch in range(args.update_epochs):
-            shuffle = torch.Generator().manual_seed(seed * 97 + epoch)
-            for chosen in torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1).tolist():
-                rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
-                sequences = len(chosen) * args.num_samples
-                tokens = reduce_over_processes([float(rollout.mask[rows].sum())], device)[0]
-                for part, weight in rollout.microbatches(rows, args.microbatch_tokens, device):
-                    logprobs, entropy = score_tokens(policy, rollout, part, args.temperature, bfloat16)  # [b, T]
-                    old_logprobs, mask = rollout.old_logprobs[part], rollout.mask[part] * weight
-                    losses, ratio = policy_loss(
-                        logprobs, old_logprobs, advantages[part], mask, args.clip_low, args.clip_high, args.ratio
-                    )
-                    kl = kl_estimate(logprobs, rollout.ref_logprobs[part], args.kl_estimator)  # detail 7
-                    losses = losses + args.beta * kl
-                    loss = aggregate(losses, mask, args.loss_aggregation, sequences, tokens, args.max_completion_tokens)
-                    (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
-                    with torch.no_grad():
-                        log_ratio = (logprobs - old_logprobs) * mask
-                        better = advantages[part][:, None] > 0  # the bound that binds depends on the advantage's sign
-                        outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
-                        ratio_max = max(ratio_max, float((ratio * mask).max()))
-                        totals["loss"] += loss.item()
-                        totals["tokens"] += float(mask.sum())
-                        totals["kl"] += float((kl_estimate(logprobs, rollout.ref_logprobs[part]) * mask).sum())
-                        totals["entropy"] += float((entropy * mask).sum())
-                        totals["clipped"] += float((outside * mask).sum())
-                        totals["approx_kl"] += float(log_ratio.square().sum() / 2)
-                        if not grad_norms:  # before the first update, policy and sampler have the same weights
-                            totals["gap"] += float(log_ratio.abs().sum())
-                            totals["gap_tokens"] += float(mask.sum())
-                run.require_finite(step, reduce_over_processes([totals["loss"]], device)[0])
-                grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm, rate))
-
-        # Log, evaluate, save.
-        totals = dict(zip(totals, reduce_over_processes(list(totals.values()), device)))
-        elapsed = time.perf_counter() - began
-        metrics, samples = rollout_metrics(rewards, groups, device), []
-        metrics |= {
-            "loss/policy": totals["loss"] / len(grad_norms),
-            "policy/entropy": totals["entropy"] / totals["tokens"],
-            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=True)[0],
-            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
-            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
-            "policy/sampler_gap": totals["gap"] / totals["gap_tokens"],
-            "optim/grad_norm": sum(grad_norms) / len(grad_norms),
-            "optim/learning_rate": rate,
-            "time/step": elapsed,
-            "time/sample": sampled - began,
-            "time/train": elapsed - (sampled - began),
-            "throughput/tokens_per_second": totals["tokens"] / args.update_epochs / elapsed,
-            "memory/peak_gb": peak_memory_gb(device),
-        }
-        if reference is not None:
-            metrics["policy/kl"] = totals["kl"] / totals["tokens"]
-        stopping = stop_requested(stop, device)
-        if (args.eval_every and step % args.eval_every == 0 and not stopping) or step == args.steps:
-            scores, samples = evaluate()
-            metrics |= scores
-        run.log(step, metrics, samples)
-        if step == args.steps or stopping or (args.save_every and step % args.save_every == 0):
-            save_checkpoint(run, step, policy, optimizer)
-        if stopping and step < args.steps:
-            run.stopped(step, stopping)
-
-    save_model(run, policy, tokenizer, stops, bfloat16)
-    return run.finish(f"python grpo.py --resume {run.folder} --steps {2 * args.steps}")
+        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": gold})
+    sums = sum_over_processes(sums, sampler.device)
+    metrics = {}
+    if sums["known"]:
+        metrics["eval/accuracy"] = sums["right"] / sums["known"]
+        metrics["eval/accuracy_greedy"] = sums["right_greedy"] / sums["known"]
+    metrics["eval/completion_length"] = sums["length"] / sums["sampled"]
+    metrics["eval/truncated_fraction"] = sums["cut"] / sums["sampled"]
+    return metrics, samples
 
 
 class Rollout:
@@ -558,23 +392,205 @@ class Rollout:
     def rows_of(self, prompts: list[int]) -> list[int]:
         return [p * self.group_size + g for p in sorted(prompts) for g in range(self.group_size)]
 
-    def microbatches(self, rows, max_tokens: int, device) -> list[tuple[list[int], float]]:
+    def microbatches(self, rows: list[int], max_tokens: int) -> list[tuple[list[int], float]]:
         """`rows` in microbatches, each with its weight. A process with fewer of them than another repeats some with
         weight zero: sharded weights are gathered by all processes together."""
-        rows = list(rows)
         split = split_by_tokens([self.ids[i] for i in rows], max_tokens, [self.prompts[i] for i in rows])
         parts = [([rows[j] for j in part], 1.0) for part in split]
-        rounds = int(reduce_over_processes([len(parts)], device, maximum=True)[0])
+        rounds = int(reduce_over_processes([len(parts)], self.mask.device, maximum=True)[0])
         return parts + [([0], 0.0)] * (rounds - len(parts))
 
+    def token_logprobs(self, model, rows: list[int], temperature: float, bfloat16: bool):
+        """Log-probabilities and entropies [b, T] of the completions in `rows` under `model`."""
+        device, width = self.mask.device, self.mask.shape[1]
+        packed = pack_completions([self.prompts[i] for i in rows], [self.ids[i] for i in rows])  # detail 9
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
+        return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
 
-def score_tokens(model, rollout: Rollout, rows: list[int], temperature: float, bfloat16: bool):
-    """Log-probabilities and entropies [b, T] of the completions in `rows` under `model`."""
-    device, width = rollout.mask.device, rollout.mask.shape[1]
-    packed = pack_completions([rollout.prompts[i] for i in rows], [rollout.ids[i] for i in rows])  # detail 9
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
-    return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
+
+@torch.no_grad()
+def policy_statistics(logprobs, old_logprobs, ref_logprobs, entropy, ratio, better, mask, args: Args) -> dict:
+    """Sums over the tokens of a microbatch, from which the means of policy/… are made. All [b, T].
+
+    `better` says where the advantage is positive: which bound of the clip binds depends on its sign.
+    """
+    log_ratio = logprobs - old_logprobs
+    outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
+    sums = {
+        "tokens": torch.ones_like(mask),
+        "entropy": entropy,
+        "clip_fraction": outside,
+        "approx_kl": log_ratio.square() / 2,
+        "sampler_gap": log_ratio.abs(),
+    }
+    if ref_logprobs is not None:
+        sums["kl"] = kl_estimate(logprobs, ref_logprobs, "k3")
+    return {name: float((values * mask).sum()) for name, values in sums.items()}
+
+
+def rollout_metrics(rewards: dict, groups: list[list[Completion]], device) -> dict:
+    """What a rollout tells about itself, over all processes."""
+    total, correct = rewards["total"], rewards.get("answer", rewards["total"])
+    completions = [c for group in groups for c in group]
+    lengths = [len(c.ids) for c in completions]
+    sums = {
+        "prompts": len(groups), "completions": len(completions), "tokens": sum(lengths),
+        "stopped": sum(c.stopped for c in completions), "square": total.square().sum(),
+        "all_correct": (correct > 0).all(1).sum(), "all_wrong": (correct <= 0).all(1).sum(),
+        **{f"reward/{name}": values.sum() for name, values in rewards.items()},
+    }  # fmt: skip
+    sums = sum_over_processes(sums, device)
+    count = sums["completions"]
+    means = {name: value / count for name, value in sums.items()}
+    return {
+        "reward/mean": means["reward/total"],
+        "reward/std": max(means["square"] - means["reward/total"] ** 2, 0.0) ** 0.5,
+        **{f"reward/{name}": means[f"reward/{name}"] for name in rewards if name != "total"},
+        "groups/all_correct": sums["all_correct"] / sums["prompts"],
+        "groups/all_wrong": sums["all_wrong"] / sums["prompts"],
+        "completions/length_mean": means["tokens"],
+        "completions/length_max": reduce_over_processes([max(lengths)], device, maximum=True)[0],
+        "completions/stopped_fraction": means["stopped"],
+        "completions/truncated_fraction": 1 - means["stopped"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict:
+    args = resumed_args(args, "grpo")
+    check_grpo_args(args)
+    device, rank, world = start_processes(args.device)
+    stop = catch_stop_signals()
+
+    # Data, before any model is loaded.
+    columns = (("prompt",), ("question",)) if args.reward_model else (("prompt", "answer"), ("question", "answer"))
+    rows = load_rows(args.dataset, args.subset, args.split, columns)
+    if args.eval_dataset or args.dataset == Args.dataset:
+        held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
+        held_out = load_rows(held_out_source, args.subset, args.split, columns)[: args.eval_rows]
+    else:
+        held_out_source = f"rows held out of {args.dataset}"
+        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
+    if longest < 1:
+        sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
+    questions = encode_questions(tokenizer, rows, args.dataset, longest)
+    held_out = encode_questions(tokenizer, held_out, held_out_source, longest)
+    shuffle = torch.Generator().manual_seed(args.seed)  # passes over all questions, as many as the steps take
+    passes = math.ceil(args.steps * args.batch_size / len(questions))
+    order = torch.cat([torch.randperm(len(questions), generator=shuffle) for _ in range(passes)]).tolist()
+
+    # Models, optimizer, run folder.
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    policy = load_model(args, device)
+    stops = stop_token_ids(tokenizer, policy)
+    policy = shard(policy, world, bfloat16)
+    reference = shard(load_model(args, device), world, bfloat16).requires_grad_(False) if args.beta else None
+    reward_model = load_reward_model(args.reward_model, device, args.trust_remote_code) if args.reward_model else None
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+    shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL"}
+    run = Run(args, "grpo", rank, {**shown, "eval/accuracy": "accuracy"})
+
+    def evaluate() -> tuple[dict, list[dict]]:
+        sampler.sync()
+        return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)
+
+    first = load_checkpoint(run, policy, optimizer, args.steps) if args.resume else 0
+    if not args.resume:
+        run.log(0, *evaluate())
+
+    for step in range(first + 1, args.steps + 1):
+        began = time.perf_counter()
+        seed = args.seed * 1_000_003 + step  # detail 10
+        batch = [questions[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
+        positions = list(range(rank, len(batch), world))  # of this process's prompts in the batch
+        mine = [batch[p] for p in positions]
+        prompts = [question["ids"] for question in mine]
+
+        # Sample.
+        sampler.sync()
+        sampling = {"num_samples": args.num_samples, "temperature": args.temperature, "seed": seed}
+        groups = sampler.generate(prompts, args.max_completion_tokens, **sampling, indices=positions)
+        sample_time = time.perf_counter() - began
+
+        # Score, and compare within each group.
+        rewards = score(tokenizer, mine, groups, args, reward_model)
+        advantages = group_advantages(rewards["total"], args.advantage).flatten().to(device)  # [B]
+        rollout = Rollout(prompts, groups, device)
+        if reference is not None:
+            for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
+                with torch.no_grad():
+                    rollout.ref_logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+
+        # Update.
+        sums, first_sums, ratio_max, policy_losses, grad_norms = Counter(), Counter(), 0.0, [], []
+        rate = learning_rate_at(step, args.steps, args)
+        for epoch in range(args.update_epochs):
+            shuffle = torch.Generator().manual_seed(seed * 97 + epoch)
+            for chosen in torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1).tolist():
+                rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
+                sequences = len(chosen) * args.num_samples
+                tokens = reduce_over_processes([float(rollout.mask[rows].sum())], device)[0]
+                total_loss = 0.0
+                for part, weight in rollout.microbatches(rows, args.microbatch_tokens):
+                    logprobs, entropy = rollout.token_logprobs(policy, part, args.temperature, bfloat16)  # [b, T]
+                    old_logprobs = rollout.old_logprobs[part]
+                    ref_logprobs = None if reference is None else rollout.ref_logprobs[part]
+                    advantage, mask = advantages[part, None], rollout.mask[part] * weight  # [b, 1], [b, T]
+                    losses, ratio = policy_loss(
+                        logprobs, old_logprobs, advantage, mask, args.clip_low, args.clip_high, args.ratio
+                    )
+                    if reference is not None:  # detail 7
+                        losses = losses + args.beta * kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
+                    loss = aggregate(losses, mask, args.loss_aggregation, sequences, tokens, args.max_completion_tokens)
+                    (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
+                    total_loss += loss.item()
+                    ratio_max = max(ratio_max, float((ratio * mask).max()))
+                    statistics = policy_statistics(
+                        logprobs, old_logprobs, ref_logprobs, entropy, ratio, advantage > 0, mask, args
+                    )
+                    sums.update(statistics)
+                    if not grad_norms:  # before the first update policy and sampler have the same weights
+                        first_sums.update(statistics)
+                policy_losses.append(require_finite(run, step, total_loss, device))
+                grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm, rate))
+
+        # Log, evaluate, save.
+        elapsed = time.perf_counter() - began
+        sums, first_sums = sum_over_processes(sums, device), sum_over_processes(first_sums, device)
+        tokens = sums.pop("tokens")
+        metrics, samples = {
+            **rollout_metrics(rewards, groups, device),
+            **{f"policy/{name}": value / tokens for name, value in sums.items()},
+            "policy/sampler_gap": first_sums["sampler_gap"] / first_sums["tokens"],
+            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=True)[0],
+            "loss/policy": sum(policy_losses) / len(policy_losses),
+            "optim/grad_norm": sum(grad_norms) / len(grad_norms),
+            "optim/learning_rate": rate,
+            "time/step": elapsed,
+            "time/sample": sample_time,
+            "time/train": elapsed - sample_time,
+            "throughput/tokens_per_second": tokens / args.update_epochs / elapsed,
+            "memory/peak_gb": peak_memory_gb(device),
+        }, []  # fmt: skip
+        stopping = stop_requested(stop, device)
+        if is_due(step, args.eval_every, args.steps) and (step == args.steps or not stopping):
+            scores, samples = evaluate()
+            metrics |= scores
+        run.log(step, metrics, samples)
+        if is_due(step, args.save_every, args.steps) or stopping:
+            save_checkpoint(run, step, policy, optimizer)
+        if stopping and step < args.steps:
+            return run.finish(f"python grpo.py --resume {run.folder}", stopped=stopping)
+
+    save_model(run, policy, tokenizer, stops, bfloat16)
+    return run.finish(f"python grpo.py --resume {run.folder} --steps {2 * args.steps}")
 
 
 def check_grpo_args(args: Args) -> None:
@@ -592,39 +608,6 @@ def check_grpo_args(args: Args) -> None:
         sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
 
 
-def rollout_metrics(rewards: dict, groups: list[list[Completion]], device) -> dict:
-    """What a rollout tells about itself, over all processes."""
-    total, correct = rewards["total"], rewards.get("answer", rewards["total"])
-    completions = [c for group in groups for c in group]
-    lengths = [len(c.ids) for c in completions]
-    sums = {
-        "prompts": len(groups), "completions": len(completions), "tokens": sum(lengths),
-        "stopped": sum(c.stopped for c in completions), "square": total.square().sum(),
-        "all_correct": (correct > 0).all(1).sum(), "all_wrong": (correct <= 0).all(1).sum(),
-        **{f"reward/{name}": values.sum() for name, values in rewards.items()},
-    }  # fmt: skip
-    sums = dict(zip(sums, reduce_over_processes([float(x) for x in sums.values()], device)))
-    count = sums["completions"]
-    mean = sums["reward/total"] / count
-    return {
-        "reward/mean": mean,
-        "reward/std": max(sums["square"] / count - mean**2, 0.0) ** 0.5,
-        **{f"reward/{name}": sums[f"reward/{name}"] / count for name in rewards if name != "total"},
-        "groups/all_correct": sums["all_correct"] / sums["prompts"],
-        "groups/all_wrong": sums["all_wrong"] / sums["prompts"],
-        "completions/length_mean": sums["tokens"] / count,
-        "completions/length_max": reduce_over_processes([max(lengths)], device, maximum=True)[0],
-        "completions/stopped_fraction": sums["stopped"] / count,
-        "completions/truncated_fraction": 1 - sums["stopped"] / count,
-    }
-
-
-def pad_rows(rows, width: int | None = None) -> torch.Tensor:
-    """Tensors of different lengths as the rows of one [B, T], filled with zeros on the right."""
-    padded = pad_sequence(list(rows), batch_first=True)
-    return padded if width is None else F.pad(padded, (0, width - padded.shape[1]))
-
-
 # =============================================================== plumbing: the same in every script, not the algorithm
 
 
@@ -633,25 +616,23 @@ def first_line(error: BaseException) -> str:
 
 
 def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
-    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, all holding one of the sets of `columns`."""
+    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, each holding one of the sets of `columns`."""
     path, rows = Path(source), []
-    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix == ".jsonl" and path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines() knows U+2028
+    kind = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not path.is_file():
+        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+    if kind == "jsonl":
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines() would end at U+2028 too
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                sys.exit(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}).")
-    elif path.suffix in (".jsonl", *kinds) and not path.exists():
-        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+            except ValueError as error:
+                sys.exit(f"{source}, line {number}: not JSON ({getattr(error, 'msg', error)}).")
     else:
         from datasets import load_dataset
 
+        what = {"path": kind, "data_files": source, "split": "train"} if kind else {"path": source, "name": subset}
         try:
-            if path.is_file() and path.suffix in kinds:
-                rows = load_dataset(kinds[path.suffix], data_files=source, split="train").to_list()
-            else:
-                rows = load_dataset(source, subset, split=split).to_list()
+            rows = load_dataset(**{"split": split, **what}).to_list()
         except Exception as error:  # datasets raises many kinds; all of them are about what the user named
             sys.exit(f"{source}: not a file, a folder or a Hub data set that can be reached ({first_line(error)}).")
     if not rows:
@@ -691,15 +672,14 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
 
 def reduce_over_processes(values: list[float], device, maximum: bool = False) -> list[float]:
     """Each value summed over all processes, or its maximum."""
-    if not dist.is_initialized():
-        return [float(v) for v in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return tensor.tolist()
 
 
-def uses_bfloat16(dtype: str, device: torch.device) -> bool:
-    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+def sum_over_processes(sums: dict[str, float], device) -> dict[str, float]:
+    return dict(zip(sums, reduce_over_processes([float(value) for value in sums.values()], device)))
 
 
 def load_config(path: str, trust_remote_code: bool):
@@ -713,19 +693,19 @@ def load_config(path: str, trust_remote_code: bool):
     return config
 
 
-def load_model(path: str, device, args, from_scratch: bool = False):
-    """A causal language model in float32, its attention decided by the layout of each batch."""
+def load_model(args, device, from_scratch: bool = False):
+    """The model that `args` names in float32, its attention decided by each batch's layout."""
     transformers_logging.disable_progress_bar()
-    config = load_config(path, args.trust_remote_code)
+    config = load_config(args.model, args.trust_remote_code)
     options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-    if from_scratch:
-        torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_config(config, **options)
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **options)
-        except (OSError, ValueError) as error:
-            sys.exit(f"--model {path}: no causal language model could be loaded from there ({first_line(error)}).")
+    torch.manual_seed(args.seed)
+    try:
+        if from_scratch:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
     if model._supports_attention_backend:
         model.set_attn_implementation("layout")
     if args.gradient_checkpointing:
@@ -764,6 +744,11 @@ def learning_rate_at(step: int, steps: int, args) -> float:
     return args.learning_rate * shape[args.lr_schedule]
 
 
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether `step` is one of those `every` so many steps (0: none), or the last."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
 def peak_memory_gb(device) -> float:
     """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
@@ -787,6 +772,11 @@ def catch_stop_signals() -> list[int]:
     return caught
 
 
+def stop_requested(caught: list[int], device) -> int:
+    """The number of the signal that any process has caught, or 0."""
+    return int(reduce_over_processes([max(caught, default=0)], device, maximum=True)[0])
+
+
 def resumed_args(args, script: str):
     """With --resume, the arguments of that run; only its length and its logging may be given anew."""
     if not args.resume:
@@ -797,13 +787,13 @@ def resumed_args(args, script: str):
     stored = json.loads((folder / "args.json").read_text())
     if stored.pop("script") != script:
         sys.exit(f"--resume {args.resume}: that run was made by another script than {script}.py.")
-    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project"}
+    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project", "resume", "output_dir"}
     for field in fields(args):
         given, kept = getattr(args, field.name), stored.get(field.name, field.default)
         kept = tuple(kept) if isinstance(kept, list) else kept
         if given == field.default:
             setattr(args, field.name, kept)
-        elif given != kept and field.name not in free | {"resume", "output_dir"}:
+        elif given != kept and field.name not in free:
             flag = "--" + field.name.replace("_", "-")
             sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
     args.resume = args.output_dir = str(folder)
@@ -814,8 +804,8 @@ class Run:
     """The output folder of a run, and what the terminal shows of it: `shown` maps metrics to column titles."""
 
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
-        self.args, self.script, self.is_main, self.shown, self.last = args, script, rank == 0, shown, {}
-        self.baseline, self.bar, self.wandb = None, None, None
+        self.args, self.is_main, self.shown = args, rank == 0, shown
+        self.baseline, self.last = {}, {}  # the metrics logged first, and the latest of each
         stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
@@ -837,26 +827,24 @@ class Run:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
             link.symlink_to(self.folder.name)
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         if args.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args))
+            wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.bar = tqdm(desc=script, unit="step", disable=None, leave=False)
+        self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in shown.values()))
 
     def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
         """One row in metrics.jsonl, TensorBoard and (now and then) the terminal; with samples, new curves as well."""
         self.last |= metrics
+        self.baseline = self.baseline or metrics
         if not self.is_main:
             return
         append_rows(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         append_rows(self.folder / "samples.jsonl", [{"step": step, **sample} for sample in samples])
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-        if self.bar is None:
-            self.bar = tqdm(initial=step, desc=self.script, unit="step", disable=None, leave=False)
-            self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in self.shown.values()))
         self.bar.update(step - self.bar.n)
         is_evaluation = any(name.startswith("eval/") for name in metrics)
         if step % 10 == 0 or is_evaluation:
@@ -869,31 +857,32 @@ class Run:
             self.writer.flush()
             draw_curves(self.folder, self.shown)
 
-    def require_finite(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            sys.exit(
-                f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. "
-                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(self.folder)}."
-            )
-
-    def stopped(self, step: int, number: int) -> None:
-        """End a run that a signal has stopped, with the command that continues it."""
-        if self.is_main:
-            self.bar.close()
-            print(f"Stopped after step {step}. Continue with: python {self.script}.py --resume {self.folder}")
-        sys.exit(128 + number)
-
-    def finish(self, next_command: str) -> dict:
-        """The closing summary: before → after, where the model lies, what to run next. Returns the last metrics."""
+    def finish(self, next_command: str, stopped: int = 0) -> dict:
+        """Close the run: what changed, where the model lies, what to run next. Returns the last metrics."""
         if self.is_main:
             self.bar.close()
             self.writer.close()
-            for name, before in self.baseline.items():
-                print(f"  {name:26} {before:8.3f} → {self.last[name]:.3f}")
-            print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}\n  next: {next_command}")
+            if not stopped:
+                for name in self.baseline:
+                    print(f"  {name:26} {self.baseline[name]:8.4g} → {self.last[name]:.4g}")
+                print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
+            print(f"  next: {next_command}")
         if dist.is_initialized():
             dist.destroy_process_group()
+        if stopped:
+            sys.exit(128 + stopped)
         return self.last
+
+
+def require_finite(run: Run, step: int, loss: float, device) -> float:
+    """The loss summed over all processes, which must be a number."""
+    loss = reduce_over_processes([loss], device)[0]
+    if not math.isfinite(loss):
+        sys.exit(
+            f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. Lower "
+            f"--learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(run.folder)}."
+        )
+    return loss
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -920,11 +909,6 @@ def draw_curves(folder: Path, shown: dict[str, str]) -> None:
     pyplot.close(figure)
 
 
-def stop_requested(caught: list[int], device) -> int:
-    """The number of the signal that any process has caught, or 0."""
-    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=True)[0])
-
-
 def fingerprint(model) -> str:
     """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
     return hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in model.named_parameters()]).encode()).hexdigest()[:16]
@@ -945,7 +929,7 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = sharded.get_state_dict(model, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
@@ -959,7 +943,7 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         sys.exit(f"The checkpoint of step {step} could not be written ({first_line(error)}). The last one is {kept}.")
 
 
-def load_checkpoint(run: Run, model, optimizer) -> int:
+def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     """Restore the newest checkpoint of a run, drop what was logged after it, and return its step."""
     newest = newest_checkpoint(run.folder)
     if newest is None:
@@ -967,23 +951,26 @@ def load_checkpoint(run: Run, model, optimizer) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    weights, moments = get_state_dict(model, optimizer)
+    if about["step"] >= steps:
+        sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
+    weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last = about["baseline"], about["last"]
-    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
-        if run.is_main:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            path.unlink()
-            append_rows(path, [row for row in rows if row["step"] <= about["step"]])
+    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
+        whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
+        part = path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= about["step"]))
+        part.replace(path)
     return about["step"]
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
     """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = sharded.get_model_state_dict(model, options=options)
     if run.is_main:
         model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
         model.generation_config.eos_token_id = stops

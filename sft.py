@@ -51,12 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
@@ -68,6 +63,8 @@ from common.generation import Sampler
 from common.kl import local_token_logprobs, token_logprobs
 from common.tokenizer import (
     Segment,
+    as_messages,
+    encode_prompt,
     encode_text,
     load_tokenizer,
     pack,
@@ -189,26 +186,14 @@ def neftune_noise(document_lengths: torch.Tensor, dim: int, alpha: float) -> tor
 COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
 
 
-def as_messages(value, role: str) -> list[dict]:
-    """A text becomes one message of `role`; a list of messages stays what it is."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-
-
-def encode_prompts(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
-    """Rows as questions: prompt ids, gold answer and the row itself. Prompts that are too long are dropped and counted.
-
-    A prompt that is plain text becomes a user's message where the tokenizer has a chat template.
-    """
+def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
+    """Rows as questions: prompt ids, gold answer and the row. Prompts over `max_tokens` are dropped and counted."""
     questions = []
     for row in rows:
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
-        if tokenizer.chat_template or not isinstance(prompt, str):
-            messages = as_messages(prompt, "user")
-            ids = render_chat(tokenizer, messages, tools=row.get("tools"), generation_prompt=True).ids
-        else:
-            ids = encode_text(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt, row.get("tools"))
         if 0 < len(ids) <= max_tokens:
-            questions.append({"ids": ids, "gold": str(row.get("answer")), "row": row})
+            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
     if len(questions) < len(rows):
         print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
@@ -327,28 +312,30 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
     mine, indices = questions[rank::world], list(range(rank, len(questions), world))
     prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
     with tqdm(total=len(mine) * (args.eval_samples + 1), desc="evaluating", leave=False, disable=None) as bar:
-        sampled = sampler.generate(
-            prompts, budget, args.eval_samples, args.temperature, args.seed, indices, progress=bar.update
-        )
+        sampling = {"num_samples": args.eval_samples, "temperature": args.temperature, "seed": args.seed}
+        sampled = sampler.generate(prompts, budget, **sampling, indices=indices, progress=bar.update)
         greedy = sampler.generate(prompts, budget, temperature=0.0, progress=bar.update)
-    sums = {"right": 0, "right_greedy": 0, "length": 0, "cut": 0, "sampled": 0, "asked": len(mine)}
+    sums = {"right": 0, "right_greedy": 0, "length": 0, "cut": 0, "sampled": 0, "known": 0}
     for question, group, best in zip(mine, sampled, greedy):
+        gold = question["gold"]
         texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in [*group, *best]]
-        *right, right_greedy = [is_correct(text, question["gold"]) for text in texts]
-        sums["right"] += sum(right)
+        *right, right_greedy = [gold is not None and is_correct(text, gold) for text in texts]
+        sums["right"] += sum(right) / len(group)
         sums["right_greedy"] += right_greedy
+        sums["known"] += gold is not None
         sums["length"] += sum(len(c.ids) for c in group)
         sums["cut"] += sum(not c.stopped for c in group)
         sums["sampled"] += len(group)
         prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
-        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": question["gold"]})
-    sums = dict(zip(sums, reduce_over_processes(list(sums.values()), sampler.device)))
-    return {
-        "eval/accuracy": sums["right"] / sums["sampled"],
-        "eval/accuracy_greedy": sums["right_greedy"] / sums["asked"],
-        "eval/completion_length": sums["length"] / sums["sampled"],
-        "eval/truncated_fraction": sums["cut"] / sums["sampled"],
-    }, samples
+        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": gold})
+    sums = sum_over_processes(sums, sampler.device)
+    metrics = {}
+    if sums["known"]:
+        metrics["eval/accuracy"] = sums["right"] / sums["known"]
+        metrics["eval/accuracy_greedy"] = sums["right_greedy"] / sums["known"]
+    metrics["eval/completion_length"] = sums["length"] / sums["sampled"]
+    metrics["eval/truncated_fraction"] = sums["cut"] / sums["sampled"]
+    return metrics, samples
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -377,18 +364,17 @@ def main(args: Args) -> dict:
     # Questions whose answer can be checked are sampled as well, if a completion fits behind them.
     questions = [row for row in held_out if isinstance(row.get("answer"), str) and "messages" not in row]
     room = min(args.max_prompt_tokens, context - args.max_completion_tokens)
-    questions = encode_prompts(tokenizer, questions, held_out_source, room) if room > 0 else []
+    questions = encode_questions(tokenizer, questions, held_out_source, room) if room > 0 else []
 
     steps = args.steps or max(1, math.ceil(args.epochs * sum(map(len, rendered)) / args.batch_size))
     weights = mixture_weights([len(r) for r in rendered], args.mixture_cap)  # detail 5
     order = training_order([len(r) for r in rendered], weights, steps * args.batch_size, args.seed)
 
     # Model, optimizer, run folder.
-    bfloat16 = uses_bfloat16(args.dtype, device)
-    model = load_model(args.model, device, args, args.from_scratch)
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    model = load_model(args, device, args.from_scratch)
     stops = stop_token_ids(tokenizer, model)
     model = shard(model, world, bfloat16)
-    sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32) if questions else None
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     noise_lengths: list[torch.Tensor] = []  # holds the document lengths of a microbatch while it is trained on
     if args.neftune_alpha:
@@ -397,19 +383,15 @@ def main(args: Args) -> dict:
 
     def evaluate() -> tuple[dict, list[dict]]:
         loss = evaluate_loss(model, held_out_segments, args, device, rank, world, bfloat16)
-        if sampler is None:
+        if not questions:
             return {"eval/loss": loss}, []
-        sampler.sync()
+        sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32)  # its memory is free in between
         scores, samples = evaluate_answers(sampler, tokenizer, questions, args, rank, world)
         return {"eval/loss": loss, **scores}, samples
 
-    if args.resume:
-        first = load_checkpoint(run, model, optimizer)
-        if first >= steps:
-            sys.exit(f"{run.folder} has already done its {steps} steps; give more --steps or --epochs to go on.")
-    else:
-        first, (run.baseline, samples) = 0, evaluate()
-        run.log(0, run.baseline, samples)
+    first = load_checkpoint(run, model, optimizer, steps) if args.resume else 0
+    if not args.resume:
+        run.log(0, *evaluate())
 
     for step in range(first + 1, steps + 1):
         began = time.perf_counter()
@@ -434,29 +416,31 @@ def main(args: Args) -> dict:
             total_loss += loss.item()
         noise_lengths.clear()
 
-        total_loss = reduce_over_processes([total_loss], device)[0]
-        run.require_finite(step, total_loss)
+        total_loss = require_finite(run, step, total_loss, device)
         rate = learning_rate_at(step, steps, args)
         grad_norm = optimizer_step(model, optimizer, args.max_grad_norm, rate)
 
         elapsed = time.perf_counter() - began
-        metrics, samples = {
-            "loss/train": total_loss,
-            "optim/grad_norm": grad_norm,
-            "optim/learning_rate": rate,
-            "throughput/tokens_per_second": total_tokens / elapsed,
-            "time/step": elapsed,
-            "memory/peak_gb": peak_memory_gb(device),
-        }, []
+        metrics, samples = (
+            {
+                "loss/train": total_loss,
+                "optim/grad_norm": grad_norm,
+                "optim/learning_rate": rate,
+                "throughput/tokens_per_second": total_tokens / elapsed,
+                "time/step": elapsed,
+                "memory/peak_gb": peak_memory_gb(device),
+            },
+            [],
+        )
         stopping = stop_requested(stop, device)
-        if (args.eval_every and step % args.eval_every == 0 and not stopping) or step == steps:
+        if is_due(step, args.eval_every, steps) and (step == steps or not stopping):
             scores, samples = evaluate()
             metrics |= scores
         run.log(step, metrics, samples)
-        if step == steps or stopping or (args.save_every and step % args.save_every == 0):
+        if is_due(step, args.save_every, steps) or stopping:
             save_checkpoint(run, step, model, optimizer)
         if stopping and step < steps:
-            run.stopped(step, stopping)
+            return run.finish(f"python sft.py --resume {run.folder}", stopped=stopping)
 
     save_model(run, model, tokenizer, stops, bfloat16)
     return run.finish(f"python grpo.py --model {run.folder / 'model'}")
@@ -508,25 +492,23 @@ def first_line(error: BaseException) -> str:
 
 
 def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
-    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, all holding one of the sets of `columns`."""
+    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, each holding one of the sets of `columns`."""
     path, rows = Path(source), []
-    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix == ".jsonl" and path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines() knows U+2028
+    kind = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not path.is_file():
+        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+    if kind == "jsonl":
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines() would end at U+2028 too
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                sys.exit(f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}).")
-    elif path.suffix in (".jsonl", *kinds) and not path.exists():
-        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+            except ValueError as error:
+                sys.exit(f"{source}, line {number}: not JSON ({getattr(error, 'msg', error)}).")
     else:
         from datasets import load_dataset
 
+        what = {"path": kind, "data_files": source, "split": "train"} if kind else {"path": source, "name": subset}
         try:
-            if path.is_file() and path.suffix in kinds:
-                rows = load_dataset(kinds[path.suffix], data_files=source, split="train").to_list()
-            else:
-                rows = load_dataset(source, subset, split=split).to_list()
+            rows = load_dataset(**{"split": split, **what}).to_list()
         except Exception as error:  # datasets raises many kinds; all of them are about what the user named
             sys.exit(f"{source}: not a file, a folder or a Hub data set that can be reached ({first_line(error)}).")
     if not rows:
@@ -566,15 +548,14 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
 
 def reduce_over_processes(values: list[float], device, maximum: bool = False) -> list[float]:
     """Each value summed over all processes, or its maximum."""
-    if not dist.is_initialized():
-        return [float(v) for v in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return tensor.tolist()
 
 
-def uses_bfloat16(dtype: str, device: torch.device) -> bool:
-    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+def sum_over_processes(sums: dict[str, float], device) -> dict[str, float]:
+    return dict(zip(sums, reduce_over_processes([float(value) for value in sums.values()], device)))
 
 
 def load_config(path: str, trust_remote_code: bool):
@@ -588,19 +569,19 @@ def load_config(path: str, trust_remote_code: bool):
     return config
 
 
-def load_model(path: str, device, args, from_scratch: bool = False):
-    """A causal language model in float32, its attention decided by the layout of each batch."""
+def load_model(args, device, from_scratch: bool = False):
+    """The model that `args` names in float32, its attention decided by each batch's layout."""
     transformers_logging.disable_progress_bar()
-    config = load_config(path, args.trust_remote_code)
+    config = load_config(args.model, args.trust_remote_code)
     options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-    if from_scratch:
-        torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_config(config, **options)
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **options)
-        except (OSError, ValueError) as error:
-            sys.exit(f"--model {path}: no causal language model could be loaded from there ({first_line(error)}).")
+    torch.manual_seed(args.seed)
+    try:
+        if from_scratch:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
     if model._supports_attention_backend:
         model.set_attn_implementation("layout")
     if args.gradient_checkpointing:
@@ -639,6 +620,11 @@ def learning_rate_at(step: int, steps: int, args) -> float:
     return args.learning_rate * shape[args.lr_schedule]
 
 
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether `step` is one of those `every` so many steps (0: none), or the last."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
 def peak_memory_gb(device) -> float:
     """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
@@ -662,6 +648,11 @@ def catch_stop_signals() -> list[int]:
     return caught
 
 
+def stop_requested(caught: list[int], device) -> int:
+    """The number of the signal that any process has caught, or 0."""
+    return int(reduce_over_processes([max(caught, default=0)], device, maximum=True)[0])
+
+
 def resumed_args(args, script: str):
     """With --resume, the arguments of that run; only its length and its logging may be given anew."""
     if not args.resume:
@@ -672,13 +663,13 @@ def resumed_args(args, script: str):
     stored = json.loads((folder / "args.json").read_text())
     if stored.pop("script") != script:
         sys.exit(f"--resume {args.resume}: that run was made by another script than {script}.py.")
-    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project"}
+    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project", "resume", "output_dir"}
     for field in fields(args):
         given, kept = getattr(args, field.name), stored.get(field.name, field.default)
         kept = tuple(kept) if isinstance(kept, list) else kept
         if given == field.default:
             setattr(args, field.name, kept)
-        elif given != kept and field.name not in free | {"resume", "output_dir"}:
+        elif given != kept and field.name not in free:
             flag = "--" + field.name.replace("_", "-")
             sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
     args.resume = args.output_dir = str(folder)
@@ -689,8 +680,8 @@ class Run:
     """The output folder of a run, and what the terminal shows of it: `shown` maps metrics to column titles."""
 
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
-        self.args, self.script, self.is_main, self.shown, self.last = args, script, rank == 0, shown, {}
-        self.baseline, self.bar, self.wandb = None, None, None
+        self.args, self.is_main, self.shown = args, rank == 0, shown
+        self.baseline, self.last = {}, {}  # the metrics logged first, and the latest of each
         stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
@@ -712,26 +703,24 @@ class Run:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
             link.symlink_to(self.folder.name)
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         if args.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args))
+            wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.bar = tqdm(desc=script, unit="step", disable=None, leave=False)
+        self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in shown.values()))
 
     def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
         """One row in metrics.jsonl, TensorBoard and (now and then) the terminal; with samples, new curves as well."""
         self.last |= metrics
+        self.baseline = self.baseline or metrics
         if not self.is_main:
             return
         append_rows(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         append_rows(self.folder / "samples.jsonl", [{"step": step, **sample} for sample in samples])
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-        if self.bar is None:
-            self.bar = tqdm(initial=step, desc=self.script, unit="step", disable=None, leave=False)
-            self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in self.shown.values()))
         self.bar.update(step - self.bar.n)
         is_evaluation = any(name.startswith("eval/") for name in metrics)
         if step % 10 == 0 or is_evaluation:
@@ -744,31 +733,32 @@ class Run:
             self.writer.flush()
             draw_curves(self.folder, self.shown)
 
-    def require_finite(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            sys.exit(
-                f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. "
-                f"Lower --learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(self.folder)}."
-            )
-
-    def stopped(self, step: int, number: int) -> None:
-        """End a run that a signal has stopped, with the command that continues it."""
-        if self.is_main:
-            self.bar.close()
-            print(f"Stopped after step {step}. Continue with: python {self.script}.py --resume {self.folder}")
-        sys.exit(128 + number)
-
-    def finish(self, next_command: str) -> dict:
-        """The closing summary: before → after, where the model lies, what to run next. Returns the last metrics."""
+    def finish(self, next_command: str, stopped: int = 0) -> dict:
+        """Close the run: what changed, where the model lies, what to run next. Returns the last metrics."""
         if self.is_main:
             self.bar.close()
             self.writer.close()
-            for name, before in self.baseline.items():
-                print(f"  {name:26} {before:8.3f} → {self.last[name]:.3f}")
-            print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}\n  next: {next_command}")
+            if not stopped:
+                for name in self.baseline:
+                    print(f"  {name:26} {self.baseline[name]:8.4g} → {self.last[name]:.4g}")
+                print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
+            print(f"  next: {next_command}")
         if dist.is_initialized():
             dist.destroy_process_group()
+        if stopped:
+            sys.exit(128 + stopped)
         return self.last
+
+
+def require_finite(run: Run, step: int, loss: float, device) -> float:
+    """The loss summed over all processes, which must be a number."""
+    loss = reduce_over_processes([loss], device)[0]
+    if not math.isfinite(loss):
+        sys.exit(
+            f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. Lower "
+            f"--learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(run.folder)}."
+        )
+    return loss
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -795,11 +785,6 @@ def draw_curves(folder: Path, shown: dict[str, str]) -> None:
     pyplot.close(figure)
 
 
-def stop_requested(caught: list[int], device) -> int:
-    """The number of the signal that any process has caught, or 0."""
-    return int(reduce_over_processes([caught[0] if caught else 0], device, maximum=True)[0])
-
-
 def fingerprint(model) -> str:
     """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
     return hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in model.named_parameters()]).encode()).hexdigest()[:16]
@@ -820,7 +805,7 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = sharded.get_state_dict(model, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
@@ -834,7 +819,7 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         sys.exit(f"The checkpoint of step {step} could not be written ({first_line(error)}). The last one is {kept}.")
 
 
-def load_checkpoint(run: Run, model, optimizer) -> int:
+def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     """Restore the newest checkpoint of a run, drop what was logged after it, and return its step."""
     newest = newest_checkpoint(run.folder)
     if newest is None:
@@ -842,23 +827,26 @@ def load_checkpoint(run: Run, model, optimizer) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    weights, moments = get_state_dict(model, optimizer)
+    if about["step"] >= steps:
+        sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
+    weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last = about["baseline"], about["last"]
-    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
-        if run.is_main:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            path.unlink()
-            append_rows(path, [row for row in rows if row["step"] <= about["step"]])
+    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
+        whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
+        part = path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= about["step"]))
+        part.replace(path)
     return about["step"]
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
     """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = sharded.get_model_state_dict(model, options=options)
     if run.is_main:
         model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
         model.generation_config.eos_token_id = stops

@@ -10,10 +10,13 @@ Three rules hold everywhere in this project, and the functions here are what mak
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 SENTINEL = "\ue000"  # private-use character: marks where a forged special token is cut, never tokenised
@@ -80,9 +83,7 @@ class Rendered(NamedTuple):
 
 
 def _render(tokenizer, messages: list[dict], tools, generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-    )
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
 
 
 def end_of_turn(tokenizer) -> str:
@@ -176,7 +177,25 @@ def render_chat(
     return Rendered(ids, mask)
 
 
+def as_messages(value: str | list[dict], role: str) -> list[dict]:
+    """A text becomes one message of `role`; a list of messages stays what it is."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
+    """Ids to continue by sampling. Plain text becomes a user's turn where the tokenizer has a chat template."""
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return encode_text(tokenizer, prompt)
+    return render_chat(tokenizer, as_messages(prompt, "user"), tools, generation_prompt=True).ids
+
+
 # ---------------------------------------------------------------------------------------------- padding
+
+
+def pad_rows(rows: Sequence[torch.Tensor], width: int | None = None) -> torch.Tensor:
+    """Tensors of different lengths as the rows of one [B, T], filled with zeros on the right up to `width`."""
+    padded = pad_sequence(list(rows), batch_first=True)
+    return padded if width is None else F.pad(padded, (0, width - padded.shape[1]))
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str = "right"):

@@ -51,7 +51,7 @@ def masked_text(tokenizer, rendered) -> str:
 # ---------------------------------------------------------------------------------------------- chats
 
 
-def test_details_1_and_2_mask_is_exact_and_ends_on_the_end_of_turn(tokenizer):
+def test_sft_detail_1_and_sft_detail_2_mask_is_exact_and_ends_on_the_end_of_turn(tokenizer):
     rendered = render_chat(tokenizer, CHAT)
     assert masked_text(tokenizer, rendered) == "<answer>42</answer><|end|><think>1+1=2</think><answer>2</answer><|end|>"
     assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
@@ -131,7 +131,7 @@ def test_t8_padding_side_does_not_change_log_probabilities(model):
             torch.testing.assert_close(found, logprobs_alone(model, document), atol=1e-5, rtol=1e-5)
 
 
-def test_t7_detail_3_packing_changes_nothing(model):
+def test_t7_sft_detail_3_packing_changes_nothing(model):
     documents = some_documents()
     packed = pack([Segment(d, [True] * len(d)) for d in documents])
     expected = torch.cat([logprobs_alone(model, d) for d in documents])
@@ -144,7 +144,7 @@ def test_t7_detail_3_packing_changes_nothing(model):
     torch.testing.assert_close(changed[4:].detach(), expected[4:], atol=1e-5, rtol=1e-5)
 
 
-def test_detail_9_shared_prompts_give_the_same_gradient(model):
+def test_grpo_detail_9_shared_prompts_give_the_same_gradient(model):
     torch.manual_seed(0)
     prompts = [[20, 30, 40, 50]] * 3 + [[60, 61]] * 2
     completions = some_documents(5)
@@ -217,7 +217,7 @@ def some_prompts(tokenizer) -> list[list[int]]:
     return [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]
 
 
-def test_detail_4_samples_score_as_sampled_and_keep_their_stop_token(model, tokenizer, sharing):
+def test_grpo_detail_4_samples_score_as_sampled_and_keep_their_stop_token(model, tokenizer, sharing):
     sampler = Sampler(model, stop_token_ids(tokenizer))
     groups = check_sampler(model, sampler, some_prompts(tokenizer), 40)
     assert any(c.stopped for g in groups for c in g)

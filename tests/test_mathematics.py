@@ -1,15 +1,19 @@
-"""Formulas against known answers, exact enumeration and TRL. Numbers in names are ALGORITHMS' cases or details."""
+"""Formulas against known answers, enumeration and TRL. T1, T2, … in names are known cases; details are a script's."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 import grpo
 import sft
 from common import kl
+from common.generation import Completion
 from common.kl import AdaptiveKLController, head_logprobs, kl_estimate, masked_mean, whiten
+from common.tokenizer import pack
 
 
 def close(value, expected, tolerance=1e-5):
@@ -93,7 +97,11 @@ def test_t4_kl_gradients_by_enumeration(name, in_loss, in_reward):
     value = kl_estimate(logp, REF.log(), name).detach()
     close(torch.autograd.grad((weight * value * logp).sum(), z, retain_graph=True)[0], in_reward)
     truth = (logp.exp() * (logp - REF.log())).sum()
-    close(torch.autograd.grad(truth, z)[0], 0.205990)
+    close(torch.autograd.grad(truth, z, retain_graph=True)[0], 0.205990)
+    if name == "k3":  # weighted by the ratio to the sampling policy, not detached, k3 has the right gradient too
+        ratio = (logp - logp.detach()).exp()
+        loss = (weight * ratio * kl_estimate(logp, REF.log(), name)).sum()
+        close(torch.autograd.grad(loss, z)[0], 0.205990)
 
 
 def test_t5_sequence_kl_needs_return_to_go():
@@ -133,13 +141,13 @@ def test_t2_neftune_and_flan():
     close(torch.tensor(sft.mixture_weights([100, 3000, 30_000], 3000)), [0.0164, 0.4918, 0.4918], 1e-4)
 
 
-def test_detail_6_neftune_uses_each_documents_length():
+def test_sft_detail_6_neftune_uses_each_documents_length():
     noise = sft.neftune_noise(torch.tensor([1] * 200 + [100] * 200), 64, 10.0)
     assert float(noise[:200].abs().max()) == pytest.approx(10 / 8, rel=0.05)
     assert float(noise[200:].abs().max()) == pytest.approx(10 / 80, rel=0.05)
 
 
-def test_detail_5_training_order_mixes_by_weight_and_extends():
+def test_sft_detail_5_training_order_mixes_by_weight_and_extends():
     long = sft.training_order([10, 1000], [0.25, 0.75], 4000, seed=1)
     assert long[:1000] == sft.training_order([10, 1000], [0.25, 0.75], 1000, seed=1)
     assert sum(k == 0 for k, _ in long) / 4000 == pytest.approx(0.25, abs=0.03)
@@ -147,7 +155,7 @@ def test_detail_5_training_order_mixes_by_weight_and_extends():
     assert sorted(single[:7]) == sorted(single[7:]) == list(range(7))
 
 
-def test_t6_token_normalisation():
+def test_t6_sft_detail_4_token_normalisation():
     one, three = torch.tensor([-1.0]), torch.tensor([-1.0, -2.0, -3.0])
     together = sft.sft_loss(torch.cat([one, three]), 4)
     close(together, 1.75)
@@ -157,10 +165,10 @@ def test_t6_token_normalisation():
 # ---------------------------------------------------------------------------------------------- grpo
 
 
-def test_t15_clipped_objective_detail_5():
+def test_t15_grpo_detail_5_clipped_objective():
     rho = torch.tensor([[1.5], [1.5], [0.5], [0.5]])
     logprobs = rho.log().requires_grad_(True)
-    advantages, mask = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.ones(4, 1)
+    advantages, mask = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), torch.ones(4, 1)
     losses, _ = grpo.policy_loss(logprobs, torch.zeros(4, 1), advantages, mask, 0.2, 0.2)
     close(losses[:, 0].detach(), [-1.2, 1.5, -0.5, 0.8])
     gradient = torch.autograd.grad(losses.sum(), logprobs)[0][:, 0]
@@ -168,12 +176,12 @@ def test_t15_clipped_objective_detail_5():
 
 
 def test_t24_clip_higher():
-    arguments = (torch.tensor([[1.25]]).log(), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), 0.2)
+    arguments = (torch.tensor([[1.25]]).log(), torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), 0.2)
     close(grpo.policy_loss(*arguments, 0.28)[0], [[-1.25]])
     close(grpo.policy_loss(*arguments, 0.2)[0], [[-1.2]])
 
 
-def test_t21_advantages_detail_1():
+def test_t21_grpo_detail_1_advantages():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     close(grpo.group_advantages(rewards, "grpo"), [[1.5, -0.5, -0.5, -0.5]], 1e-4)
     close(grpo.group_advantages(rewards, "dr_grpo"), [[0.75, -0.25, -0.25, -0.25]])
@@ -182,7 +190,7 @@ def test_t21_advantages_detail_1():
         assert (grpo.group_advantages(torch.full((3, 8), 0.1), kind) == 0).all()
 
 
-def test_t22_aggregation_detail_6():
+def test_t22_grpo_detail_6_aggregation():
     losses = torch.tensor([[1.0, 9.0, 9.0], [2.0, 2.0, 2.0]])
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     for how, expected in (("sequence", 1.5), ("token", 1.75), ("constant", 0.875)):
@@ -191,11 +199,22 @@ def test_t22_aggregation_detail_6():
         close(sum(parts), expected)
 
 
-def test_t23_sequence_ratio_detail_8():
+def test_t23_grpo_detail_8_sequence_ratio():
     logprobs = torch.tensor([[0.2, -0.1, 0.2, 5.0]])
     mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-    _, rho = grpo.policy_loss(logprobs, torch.zeros(1, 4), torch.ones(1), mask, 10, 10, ratio="sequence")
+    _, rho = grpo.policy_loss(logprobs, torch.zeros(1, 4), torch.ones(1, 1), mask, 10, 10, ratio="sequence")
     close(rho[0], [1.105171] * 4)
+
+
+def test_grpo_detail_2_ids_and_log_probabilities_are_the_samplers_own(tokenizer):
+    """Ids that no tokenizer would produce from their text, an id that is the pad token, and a cut completion."""
+    apart = [tokenizer.encode(x, add_special_tokens=False)[0] for x in "<think>"]
+    groups = [[Completion([*apart, 1, 0], [-0.5] * 9, True), Completion([1, 1], [-0.25, -2.0], False)]]
+    rollout = grpo.Rollout([[5, 6]], groups, torch.device("cpu"))
+    assert rollout.ids == [[*apart, 1, 0], [1, 1]] and rollout.prompts == [[5, 6]] * 2
+    assert rollout.mask.sum(1).tolist() == [9, 2] and rollout.old_logprobs[1, :2].tolist() == [-0.25, -2.0]
+    retokenised = tokenizer.encode(tokenizer.decode(rollout.ids[0]), add_special_tokens=False)
+    assert retokenised != rollout.ids[0]
 
 
 def enumerate_gradient(advantage: str, aggregation: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +226,7 @@ def enumerate_gradient(advantage: str, aggregation: str) -> tuple[torch.Tensor, 
     for a in range(3):
         for b in range(3):
             logprobs = z.log_softmax(0)[torch.tensor([[a], [b]])]
-            advantages = grpo.group_advantages(rewards[torch.tensor([[a, b]])], advantage).flatten()
+            advantages = grpo.group_advantages(rewards[torch.tensor([[a, b]])], advantage).view(2, 1)
             losses, _ = grpo.policy_loss(logprobs, logprobs.detach(), advantages, torch.ones(2, 1), 0.2, 0.2)
             loss = grpo.aggregate(losses, torch.ones(2, 1), aggregation, 2, 2, 1)
             total += probabilities[a] * probabilities[b] * torch.autograd.grad(loss, z)[0]
@@ -233,7 +252,7 @@ def test_bandit_reaches_the_known_optimum():
     for _ in range(600):
         actions = torch.multinomial(z.detach().softmax(0), 256, replacement=True)
         logprobs = z.log_softmax(0)[actions][:, None]
-        advantages = grpo.group_advantages(rewards[actions][None], "rloo")[0]
+        advantages = grpo.group_advantages(rewards[actions][None], "rloo").view(-1, 1)
         mask = torch.ones(256, 1)
         losses, _ = grpo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 0.2)
         losses = losses + beta * kl_estimate(logprobs, ref.log()[actions][:, None], "k2")
@@ -293,11 +312,31 @@ def test_parity_with_trl_grpo_loss(ours, theirs, ratio):
     expected = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     wanted = torch.autograd.grad(expected, new)[0]
 
-    losses, _ = grpo.policy_loss(new, old, advantages, mask, 0.2, 0.28, ratio)
+    losses, _ = grpo.policy_loss(new, old, advantages[:, None], mask, 0.2, 0.28, ratio)
     losses = losses + beta * kl.kl_estimate(new, ref, "k3")
     loss = grpo.aggregate(losses, mask, ours, rows, float(mask.sum()), 12)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, new)[0], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_parity_with_trl_sft_trainer(tmp_path, tokenizer, model):
+    """TRL's own batch, masks and loss on demonstrations against ours, from the rows to the number."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in (TINY / "demonstrations_train.jsonl").read_text().splitlines()[:5]]
+    data = Dataset.from_list([{"prompt": r["prompt"], "completion": r["completion"]} for r in rows])
+    config = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=5, use_cpu=True, bf16=False, report_to="none"
+    )
+    trainer = SFTTrainer(str(TINY), args=config, train_dataset=data)
+    batch = next(iter(trainer.get_train_dataloader()))
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    expected = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(count))
+    segments = [sft.render_row(tokenizer, row, "assistant") for row in rows]
+    logprobs, _ = kl.token_logprobs(model, pack(segments))
+    assert len(logprobs) == count
+    close(sft.sft_loss(logprobs, count).detach(), expected.item())
 
 
 def test_parity_with_transformers_sft_loss():

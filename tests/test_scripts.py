@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import resource
 import shutil
 import signal
 import time
@@ -51,11 +53,13 @@ def test_a_script_stands_alone():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_numbered_details_are_marked_in_the_code_and_tested(script):
     source = (ROOT / f"{script}.py").read_text()
-    docstring = ast.get_docstring(ast.parse(source))
-    listed = {int(line.split(".")[0]) for line in docstring.splitlines() if line.strip()[:2].rstrip(".").isdigit()}
-    code = source[source.index('"""', 3) :]
-    marked = {n for n in listed if f"detail {n}" in code or f"details {n}" in code or f"and {n}\n" in code}
-    assert listed and marked == listed
+    listed = [int(n) for n in re.findall(r"^ ?(\d+)\. ", ast.get_docstring(ast.parse(source)), re.MULTILINE)]
+    marked = {int(n) for mark in re.findall(r"# .*\bdetails? (.*)", source) for n in re.findall(r"\d+", mark)}
+    names = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    tested = {int(n) for n in re.findall(rf"def test_\w*{script}_detail_(\d+)", names)}
+    tested |= {int(n) for n in re.findall(rf"def test_\w*{script}_detail_\d+_and_{script}_detail_(\d+)", names)}
+    assert listed == list(range(1, len(listed) + 1)) and len(listed) > 5
+    assert marked == set(listed) and tested == set(listed)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -116,6 +120,23 @@ def test_grpo_variants_run(flags, tmp_path):
     assert rows[-1]["optim/grad_norm"] > 0 or rows[-1]["reward/std"] == 0
 
 
+def test_grpo_detail_3_temperature_divides_logits_in_every_forward(tmp_path):
+    run("grpo", *SHORT["grpo"], "--temperature", 0.6, "--steps", 1, "--output-dir", tmp_path)
+    row = metrics(tmp_path)[-1]
+    assert row["policy/sampler_gap"] < 1e-6  # the sampler's forward and the policy's
+    assert abs(row["policy/kl"]) < 1e-6  # the reference's: at step 1 it is the policy
+
+
+def test_grpo_detail_7_beta_0_loads_no_reference(tmp_path, monkeypatch):
+    loaded, load = [], grpo.load_model
+    monkeypatch.setattr(grpo, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    for beta, models in ((0.0, 1), (0.1, 2)):
+        loaded.clear()
+        small = {"steps": 1, "batch_size": 2, "num_samples": 2, "eval_rows": 2, "eval_samples": 1}
+        row = grpo.main(grpo.Args(beta=beta, **small, output_dir=str(tmp_path / str(beta))))
+        assert len(loaded) == models and ("policy/kl" in row) == (beta > 0)
+
+
 def test_grpo_with_a_reward_model(tmp_path, tokenizer):
     from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
@@ -125,6 +146,9 @@ def test_grpo_with_a_reward_model(tmp_path, tokenizer):
     flags = ["--reward-model", tmp_path / "rm", "--answer-weight", 0]
     run("grpo", *SHORT["grpo"], *flags, "--output-dir", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["reward/std"] > 0
+    prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "1+1=?"}\n' * 20)  # rows need no answer then
+    run("grpo", *SHORT["grpo"], *flags, "--steps", 1, "--dataset", prompts, "--output-dir", tmp_path / "prompts")
+    assert "eval/accuracy" not in metrics(tmp_path / "prompts")[-1]
     config.num_labels = 3
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
     tokenizer.save_pretrained(tmp_path / "rm3")
@@ -182,7 +206,7 @@ def test_two_processes_equal_one(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SHORT)
-def test_resume_after_kill_9_is_exact(script, tmp_path):
+def test_sft_detail_7_and_grpo_detail_10_resume_after_kill_9_is_exact(script, tmp_path):
     run(script, *SHORT[script], "--output-dir", tmp_path / "whole")
     process = start(script, *SHORT[script], "--save-every", 2, "--output-dir", tmp_path / "killed")
     while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and process.poll() is None:
@@ -197,6 +221,19 @@ def test_resume_after_kill_9_is_exact(script, tmp_path):
         for folder in (tmp_path / "whole", tmp_path / "killed")
     ]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, tmp_path):
+    run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path)
+    longer = ["--resume", tmp_path, "--steps", 2]
+    told = fails(script, *longer, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2))
+    assert "checkpoint of step 2 could not be written" in told and "step-000001" in told.splitlines()[-1]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "torn')  # as a kill in the middle of a write leaves it
+    run(script, *longer)
+    assert [r["step"] for r in metrics(tmp_path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT)])
@@ -239,7 +276,7 @@ def test_saved_model_answers_through_generate(tmp_path):
 
 
 def write(path, text: str):
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
@@ -257,6 +294,7 @@ GOOD = '{"prompt": "1+1=?", "completion": "<answer>2</answer>", "answer": "2"}\n
     (GOOD * 20, ["--model", "no/such-model"], "no/such-model"),
     (GOOD * 20, ["--device", "cuda"], "no CUDA"),
     (GOOD * 20, ["--batch-size", "0"], "at least 1"),
+    ("\udcff" + GOOD, [], "line 1: not JSON"),
 ])  # fmt: skip
 def test_bad_data_and_settings_are_told_in_a_sentence(script, content, flags, sentence, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
