@@ -1,9 +1,14 @@
 """What several test files share: the embedded model, and running a script as a user would."""
 
 import json
+import multiprocessing
 import os
+import resource
+import runpy
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -38,30 +43,93 @@ def model():
     return model
 
 
-def start(script: str, *args, cwd=ROOT, torchrun: int = 0, **kwargs) -> subprocess.Popen:
+# Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,
+# and forks a process for every run.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([
+    "torch", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.distributed.fsdp", "tyro",
+    "matplotlib.pyplot", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3",
+    "transformers.integrations.sdpa_attention",
+])  # fmt: skip
+
+
+def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int | None) -> None:
+    """What `python script.py arguments` does, in a process that exists already; prints into the file `output`."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.chdir(cwd)
+    sys.argv, sys.path[:0] = [f"{script}.py", *arguments], [cwd]
+    code = 0
+    try:
+        runpy.run_path(f"{script}.py", run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        if code and not isinstance(exit.code, int):
+            print(exit.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Started:
+    """A script that runs: its process, and what it has printed."""
+
+    def __init__(self, script: str, arguments: list[str], cwd: Path, limit: int | None):
+        self.output = tempfile.NamedTemporaryFile("r")
+        target = (script, arguments, str(cwd), self.output.name, limit)
+        self.process = SERVER.Process(target=as_main, args=target)
+        self.process.start()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def finish(self, timeout: float) -> tuple[int, str]:
+        """Its exit status and all that it printed."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.output.read()[-3000:]}"
+        return self.process.exitcode, self.output.read()
+
+
+def start(script: str, *args, cwd=ROOT, limit: int | None = None) -> Started:
+    """Start a script; `limit` bounds the size in bytes of any file it writes, as a full disk does."""
+    return Started(script, list(map(str, args)), cwd, limit)
+
+
+def finished(script: str, args, torchrun: int = 0, interpreter: bool = False, cwd=ROOT, **kwargs) -> tuple[int, str]:
+    """Exit status and output of a script, run from a server, by torchrun, or by an interpreter of its own."""
+    if not (torchrun or interpreter):
+        return start(script, *args, cwd=cwd, **kwargs).finish(400)
     launcher = [sys.executable]
     if torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1" if torchrun else "2"}
-    return subprocess.Popen(
-        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    done = subprocess.run(
+        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, env=environment, text=True, timeout=400,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    return done.returncode, done.stdout
 
 
 def run(script: str, *args, **kwargs) -> str:
     """Run a script to its end and return what it printed; it must succeed."""
-    process = start(script, *args, **kwargs)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
+    status, output = finished(script, args, **kwargs)
+    assert status == 0, output[-3000:]
     return output
 
 
 def fails(script: str, *args, **kwargs) -> str:
     """Run a script that must end with a sentence and no traceback; returns what it printed."""
-    process = start(script, *args, **kwargs)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode != 0 and "Traceback" not in output, output[-3000:]
+    status, output = finished(script, args, **kwargs)
+    assert status != 0 and "Traceback" not in output, output[-3000:]
     return output
 
 

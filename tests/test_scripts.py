@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import resource
 import shutil
 import signal
 import time
@@ -56,8 +55,8 @@ def test_numbered_details_are_marked_in_the_code_and_tested(script):
     listed = [int(n) for n in re.findall(r"^ ?(\d+)\. ", ast.get_docstring(ast.parse(source)), re.MULTILINE)]
     marked = {int(n) for mark in re.findall(r"# .*\bdetails? (.*)", source) for n in re.findall(r"\d+", mark)}
     names = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
-    tested = {int(n) for n in re.findall(rf"def test_\w*{script}_detail_(\d+)", names)}
-    tested |= {int(n) for n in re.findall(rf"def test_\w*{script}_detail_\d+_and_{script}_detail_(\d+)", names)}
+    tested = {int(n) for name in re.findall(r"def (test_\w+)", names)
+              for n in re.findall(rf"{script}_detail_(\d+)", name)}  # fmt: skip
     assert listed == list(range(1, len(listed) + 1)) and len(listed) > 5
     assert marked == set(listed) and tested == set(listed)
 
@@ -65,7 +64,7 @@ def test_numbered_details_are_marked_in_the_code_and_tested(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_and_is_quick(script):
     began = time.time()
-    output = run(script, "--help")
+    output = run(script, "--help", interpreter=True)
     assert time.time() - began < 15  # 6 seconds on a quiet machine; this one may be busy
     for flag in ("--model", "--dataset", "--output-dir", "--resume", "--microbatch-tokens", "--learning-rate"):
         assert flag in output
@@ -74,7 +73,7 @@ def test_help_names_every_flag_and_is_quick(script):
 def test_a_script_copied_with_common_runs_elsewhere(tmp_path):
     shutil.copy(ROOT / "grpo.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common")
-    output = run("grpo", "--steps", 1, "--eval-rows", 8, cwd=tmp_path)
+    output = run("grpo", "--steps", 1, "--eval-rows", 8, cwd=tmp_path, interpreter=True)
     folder = tmp_path / "runs" / "grpo" / "latest"
     assert (folder / "model" / "model.safetensors").exists() and "→" in output
 
@@ -211,8 +210,8 @@ def test_sft_detail_7_and_grpo_detail_10_resume_after_kill_9_is_exact(script, tm
     process = start(script, *SHORT[script], "--save-every", 2, "--output-dir", tmp_path / "killed")
     while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    assert process.finish(60)[0] == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
     run(script, "--resume", tmp_path / "killed")
     same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
@@ -227,7 +226,7 @@ def test_sft_detail_7_and_grpo_detail_10_resume_after_kill_9_is_exact(script, tm
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, tmp_path):
     run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path)
     longer = ["--resume", tmp_path, "--steps", 2]
-    told = fails(script, *longer, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2))
+    told = fails(script, *longer, limit=5_000_000)
     assert "checkpoint of step 2 could not be written" in told and "step-000001" in told.splitlines()[-1]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -242,8 +241,8 @@ def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
         time.sleep(0.05)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and f"python {script}.py --resume {tmp_path}" in output
+    status, output = process.finish(60)
+    assert status == 128 + number and f"python {script}.py --resume {tmp_path}" in output
     done = metrics(tmp_path)[-1]["step"]
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
 
