@@ -939,8 +939,9 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
             temporary.rename(final)
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = newest_checkpoint(run.folder)
-        sys.exit(f"The checkpoint of step {step} could not be written ({first_line(error)}). The last one is {kept}.")
+        reasons = getattr(error, "failures", None) or {0: (error, None)}  # what each process met
+        reason, kept = first_line(next(iter(reasons.values()))[0]), newest_checkpoint(run.folder)
+        sys.exit(f"The checkpoint of step {step} could not be written ({reason}). The last one is {kept}.")
 
 
 def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:

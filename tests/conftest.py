@@ -58,7 +58,7 @@ def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.chdir(cwd)
@@ -73,7 +73,6 @@ def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
     os._exit(code)
 
 
