@@ -744,6 +744,7 @@ class Run:
                 print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
             print(f"  next: {next_command}")
         if dist.is_initialized():
+            time.sleep(0.5)  # Gloo's threads drop their last tensors, which aborts them once the interpreter is ending
             dist.destroy_process_group()
         if stopped:
             sys.exit(128 + stopped)
