@@ -72,11 +72,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from common.generation import Completion, Sampler
-from common.kl import kl_estimate, local_token_logprobs, token_logprobs
+from common.kl import hidden_states, kl_estimate, local_token_logprobs, token_logprobs
 from common.tokenizer import (
+    Segment,
     as_messages,
     encode_prompt,
     load_tokenizer,
+    pack,
     pack_completions,
     pad_rows,
     render_chat,
@@ -115,7 +117,10 @@ class Args:
     length_weight: float = 0.0
     """of `length_penalty`: from 0 to −1 as the completion uses up its budget"""
     reward_model: str | None = None
-    """a sequence classifier with one label whose score is added, with weight 1; rows then need no answer"""
+    """output of reward_model.py or any sequence classifier with one label; its score is added, with weight 1, and rows
+    then need no answer"""
+    ensemble_score: Literal["mean", "min", "uwo"] = "mean"
+    """where it is an ensemble: the mean of its members, the worst case, or mean − variance / 2 (arXiv:2310.02743)"""
 
     # algorithm
     num_samples: int = 8
@@ -319,25 +324,67 @@ def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args
     return components
 
 
-def load_reward_model(path: str, device, trust_remote_code: bool):
-    """A function from (prompt messages, completion text) pairs to scores, by a sequence classifier with one label."""
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    config = load_config(path, trust_remote_code)
+def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0.5) -> torch.Tensor:
+    """One score from those of N members. scores [N, B], normalised; returns [B].
+
+    mean; min: the worst case; uwo: mean − penalty · (population) variance, uncertainty-weighted (Coste et al.).
+    """
+    if how == "min":
+        return scores.amin(0)
+    return scores.mean(0) - (penalty * scores.var(0, correction=0) if how == "uwo" else 0)
+
+
+def load_reward_model(args, device, bfloat16: bool):
+    """What --reward-model names, as a function from (prompt messages, completion text) pairs to scores [B].
+
+    A sequence classifier with one label, whose own tokenizer and template render the texts. Of what reward_model.py
+    leaves in its config, `reward_mean` and `reward_std` normalise a score, and `reward_members` is the size of an
+    ensemble, whose scores --ensemble-score joins.
+    """
+    path, flag, trust = args.reward_model, "--reward-model", args.trust_remote_code
+    config = load_config(path, trust, flag)
     if getattr(config, "num_labels", 0) != 1:
-        sys.exit(f"--reward-model {path}: needs a sequence classifier with one label; it has {config.num_labels}.")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
-    model.to(device).eval().requires_grad_(False)
+        sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
+    if getattr(config, "reward_kind", "outcome") != "outcome":
+        sys.exit(f"{flag} {path}: a process model, which scores single steps; take one trained with --kind outcome.")
+    tokenizer, context = load_tokenizer(path, trust, flag), config.get_text_config().max_position_embeddings
+    options = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True, "output_loading_info": True}
+    members = []
+    for k in range(getattr(config, "reward_members", 1)):
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, subfolder=f"member_{k}" if k else "", **options
+            )
+        except (OSError, ValueError) as error:
+            sys.exit(f"{flag} {path}: member {k} of the reward model could not be loaded ({first_line(error)}).")
+        if info["missing_keys"]:
+            sys.exit(f"{flag} {path}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
+        if model._supports_attention_backend:
+            model.set_attn_implementation("layout")
+        members.append(model.to(device).eval().requires_grad_(False))
+
+    def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
+        """Scores [B] at the last token of each row, which no padding can displace: rows are packed, or come alone."""
+        if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+            return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
+        scores = torch.zeros(len(rows), device=device)
+        for part in split_by_tokens(rows, args.microbatch_tokens):
+            packed = pack([Segment(rows[i], [False] * len(rows[i])) for i in part]).to(device)
+            last = torch.tensor([len(rows[i]) for i in part], device=device).cumsum(0) - 1
+            hidden = hidden_states(model, packed)[last].float()
+            with torch.autocast(device.type, enabled=False):
+                scores[part] = model.score(hidden)[:, 0]
+        return scores
 
     @torch.no_grad()
     def reward_model(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
-        scores = []
-        for prompt, text in pairs:
-            ids = render_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}]).ids
-            # One row at a time has no padding, so the score is the last token's whatever the pad token is.
-            scores.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, 0].float().cpu())
-        return torch.stack(scores)
+        chats = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in pairs]
+        rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = [score_rows(model, rows).float().cpu() for model in members]
+        constants = [(getattr(m.config, "reward_mean", 0.0), getattr(m.config, "reward_std", 1.0)) for m in members]
+        scores = torch.stack([(x - mean) / std for x, (mean, std) in zip(logits, constants)])  # [N, B]
+        return aggregate_scores(scores, args.ensemble_score)
 
     return reward_model
 
@@ -491,7 +538,7 @@ def main(args: Args) -> dict:
     stops = stop_token_ids(tokenizer, policy)
     policy = shard(policy, world, bfloat16)
     reference = shard(load_model(args, device), world, bfloat16).requires_grad_(False) if args.beta else None
-    reward_model = load_reward_model(args.reward_model, device, args.trust_remote_code) if args.reward_model else None
+    reward_model = load_reward_model(args, device, bfloat16) if args.reward_model else None
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL"}
@@ -682,12 +729,12 @@ def sum_over_processes(sums: dict[str, float], device) -> dict[str, float]:
     return dict(zip(sums, reduce_over_processes([float(value) for value in sums.values()], device)))
 
 
-def load_config(path: str, trust_remote_code: bool):
-    """The configuration of the model at `path`, dropout switched off."""
+def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
+    """The configuration of the model at `path`, which `flag` named, dropout switched off."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        sys.exit(f"--model {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
+        sys.exit(f"{flag} {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
     for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
         setattr(config, name, 0.0)
     return config

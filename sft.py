@@ -558,12 +558,12 @@ def sum_over_processes(sums: dict[str, float], device) -> dict[str, float]:
     return dict(zip(sums, reduce_over_processes([float(value) for value in sums.values()], device)))
 
 
-def load_config(path: str, trust_remote_code: bool):
-    """The configuration of the model at `path`, dropout switched off."""
+def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
+    """The configuration of the model at `path`, which `flag` named, dropout switched off."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        sys.exit(f"--model {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
+        sys.exit(f"{flag} {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
     for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
         setattr(config, name, 0.0)
     return config

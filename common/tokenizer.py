@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 SENTINEL = "\ue000"  # private-use character: marks where a forged special token is cut, never tokenised
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer at `path` (folder or Hub name), with a pad token; exits with a sentence if there is none.
+def load_tokenizer(path: str, trust_remote_code: bool = False, flag: str = "--model"):
+    """The tokenizer at `path` (folder or Hub name), with a pad token; exits with a sentence, in which `flag` says where
+    `path` came from, if there is none.
 
     The pad id is only a filler: nothing ever compares ids with it.
     """
@@ -31,11 +32,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(
-            f"--model {path}: no tokenizer could be loaded from there ({_first_line(error)}). Give a folder saved "
+            f"{flag} {path}: no tokenizer could be loaded from there ({_first_line(error)}). Give a folder saved "
             "with save_pretrained, or a Hub name that this machine can reach."
         ) from error
     if tokenizer.eos_token is None:
-        raise SystemExit(f"--model {path}: its tokenizer has no end-of-sequence token, so no text could ever stop.")
+        raise SystemExit(f"{flag} {path}: its tokenizer has no end-of-sequence token, so no text could ever stop.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -67,9 +68,10 @@ def _encode(tokenizer, text: str) -> list[int]:
     return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of text from outside: special tokens written in it stay ordinary characters."""
-    return _encode(tokenizer, _neutralise(tokenizer, text, special_only=False))
+def encode_text(tokenizer, text: str, by_assistant: bool = False) -> list[int]:
+    """Token ids of text from outside: special tokens written in it stay ordinary characters. An assistant may write
+    added tokens that are no control tokens, such as <think>."""
+    return _encode(tokenizer, _neutralise(tokenizer, text, special_only=by_assistant))
 
 
 # ---------------------------------------------------------------------------------------------- chats

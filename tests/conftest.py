@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.tokenizer import load_tokenizer
-
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
@@ -31,6 +29,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from common.tokenizer import load_tokenizer
+
     return load_tokenizer(str(TINY))
 
 
@@ -130,6 +130,16 @@ def fails(script: str, *args, **kwargs) -> str:
     status, output = finished(script, args, **kwargs)
     assert status != 0 and "Traceback" not in output, output[-3000:]
     return output
+
+
+SCRATCH = tempfile.TemporaryDirectory()
+
+
+def first_rows(name: str, count: int) -> Path:
+    """The first rows of an embedded data set as a file of their own, for runs that would spend seconds on all of it."""
+    path = Path(SCRATCH.name) / f"{count}_{name}"
+    path.write_text("".join(line + "\n" for line in (TINY / name).read_text().splitlines()[:count]))
+    return path
 
 
 def metrics(folder) -> list[dict]:

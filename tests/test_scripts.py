@@ -9,17 +9,33 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, start, weights
+from conftest import ROOT, TINY, fails, first_rows, metrics, run, start, weights
 
+import dpo
 import grpo
+import reward_model
 import sft
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
 # Short runs of each script, deterministic on a CPU.
+PAIRS = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-dataset", TINY / "preferences_test.jsonl"]
+STEPS = ["--dataset", first_rows("steps_train.jsonl", 240), "--eval-dataset", TINY / "steps_test.jsonl"]
+BRIEF = ["--steps", 6, "--eval-every", 0, "--eval-rows", 8]
 SHORT = {
-    "sft": ["--steps", 12, "--eval-every", 0, "--eval-rows", 8, "--batch-size", 8],
-    "grpo": ["--steps", 6, "--eval-every", 0, "--eval-rows", 8, "--batch-size", 4, "--num-samples", 4],
+    "sft": [*BRIEF, "--batch-size", 8, "--steps", 12],
+    "grpo": [*BRIEF, "--batch-size", 4, "--num-samples", 4],
+    "dpo": [*BRIEF, *PAIRS, "--eval-samples", 1, "--batch-size", 8],
+    "reward_model": [*BRIEF, *PAIRS, "--batch-size", 8],
 }
+# The same, and the settings of a script that take another path through its loop.
+CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
+    "dpo_kto": ("dpo", [*SHORT["dpo"], "--loss", "kto"]),
+    "dpo_rpo": ("dpo", [*SHORT["dpo"], "--loss", "rpo"]),
+    "dpo_online": ("dpo", [*SHORT["dpo"], "--iterations", 2, "--epochs", 0.2]),
+    "reward_model_process": ("reward_model", [*SHORT["reward_model"], *STEPS, "--kind", "process"]),
+    "reward_model_ensemble": ("reward_model", [*SHORT["reward_model"], "--ensemble-size", 2]),
+}
+TIMES = ("time/", "memory/", "throughput/")
 
 
 def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
@@ -176,38 +192,39 @@ def test_output_folder_is_complete(script, tmp_path):
     assert {"step", "prompt", "completion", "reward"} <= set(
         json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     )
-    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [0]
+    if script != "reward_model":
+        stops = json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"]
+        assert stops == [0]
 
 
-@pytest.mark.parametrize("script", SHORT)
-def test_microbatch_size_changes_nothing(script, tmp_path):
-    # SGD-like comparison after few steps: Adam divides tiny differences by tiny gradients, hence the tolerance.
-    steps = [*SHORT[script], "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
-    run(script, *steps, "--output-dir", tmp_path / "a")
-    run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "b")
-    same(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
-    a, b = (metrics(tmp_path / x)[-1]["optim/grad_norm"] for x in "ab")
-    assert a == pytest.approx(b, rel=1e-3)
+def timeless(folder) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in metrics(folder)]
 
 
-@pytest.mark.parametrize("script", SHORT)
-def test_two_processes_equal_one(script, tmp_path):
-    steps = [*SHORT[script], "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+@pytest.mark.parametrize("case", CASES)
+def test_dpo_detail_4_microbatches_and_processes_change_nothing(case, tmp_path):
+    script, flags = CASES[case]
+    # After few small steps: Adam divides tiny differences by tiny gradients, hence the tolerance.
+    steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
     run(script, *steps, "--output-dir", tmp_path / "one")
+    run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
     run(script, *steps, "--output-dir", tmp_path / "two", torchrun=2)
-    same(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
-        for name in set(one) & {"loss/train", "reward/mean", "eval/accuracy", "eval/loss", "optim/grad_norm"}:
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
+    for other in ("small", "two"):
+        same(weights(tmp_path / "one"), weights(tmp_path / other), 1e-5)
+        for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
+            for name in a:
+                if "accuracy" not in name:  # near ties fall either way
+                    assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), name
     # A checkpoint of two processes goes on in one.
     run(script, "--resume", tmp_path / "two", "--steps", 3)
     assert metrics(tmp_path / "two")[-1]["step"] == 3
 
 
-@pytest.mark.parametrize("script", SHORT)
-def test_sft_detail_7_and_grpo_detail_10_resume_after_kill_9_is_exact(script, tmp_path):
-    run(script, *SHORT[script], "--output-dir", tmp_path / "whole")
-    process = start(script, *SHORT[script], "--save-every", 2, "--output-dir", tmp_path / "killed")
+@pytest.mark.parametrize("case", CASES)
+def test_sft_detail_7_grpo_detail_10_dpo_detail_10_reward_model_detail_12_resume_after_kill_9_is_exact(case, tmp_path):
+    script, flags = CASES[case]
+    run(script, *flags, "--output-dir", tmp_path / "whole")
+    process = start(script, *flags, "--save-every", 2, "--output-dir", tmp_path / "killed")
     while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -215,11 +232,7 @@ def test_sft_detail_7_and_grpo_detail_10_resume_after_kill_9_is_exact(script, tm
     assert not (tmp_path / "killed" / "model").exists()
     run(script, "--resume", tmp_path / "killed")
     same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    timeless = [
-        [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/", "throughput/"))} for r in metrics(folder)]
-        for folder in (tmp_path / "whole", tmp_path / "killed")
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
 
 
 @pytest.mark.parametrize("script", SHORT)
@@ -235,7 +248,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, tmp_path):
     assert [r["step"] for r in metrics(tmp_path)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT)])
+@pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT), ("dpo", signal.SIGTERM),
+                                           ("reward_model", signal.SIGINT)])  # fmt: skip
 def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path):
     process = start(script, *SHORT[script], "--steps", 4000, "--output-dir", tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
@@ -279,7 +293,7 @@ def write(path, text: str):
     return path
 
 
-GOOD = '{"prompt": "1+1=?", "completion": "<answer>2</answer>", "answer": "2"}\n'
+GOOD = '{"prompt": "1+1=?", "completion": "<answer>2</answer>", "answer": "2", "chosen": "2", "rejected": "3"}\n'
 
 
 @pytest.mark.parametrize("script", SHORT)
@@ -288,7 +302,6 @@ GOOD = '{"prompt": "1+1=?", "completion": "<answer>2</answer>", "answer": "2"}\n
     ("", [], "no rows in it"),
     ('{"q": 1, "z": 2}\n', [], "found q, z"),
     ('[1]\n', [], "expected a JSON object"),
-    (GOOD * 20, ["--max-prompt-tokens", "3"], "--max-prompt-tokens"),
     (GOOD, [], "too few to hold any out"),
     (GOOD * 20, ["--model", "no/such-model"], "no/such-model"),
     (GOOD * 20, ["--device", "cuda"], "no CUDA"),
@@ -332,7 +345,13 @@ def test_settings_of_grpo(tmp_path):
     assert "prompts dropped: over 40 tokens" in output
 
 
-@pytest.mark.parametrize("module", [grpo, sft])
+@pytest.mark.parametrize("script", ["sft", "grpo", "reward_model"])
+def test_prompts_that_are_all_too_long(script, tmp_path):
+    flags = ["--dataset", write(tmp_path / "data.jsonl", GOOD * 20), "--max-prompt-tokens", 3]
+    assert "--max-prompt-tokens" in fails(script, *flags, "--output-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("module", [dpo, grpo, reward_model, sft])
 def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
     data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
     rows = module.load_rows(str(data), None, "train", (("question", "answer"),))

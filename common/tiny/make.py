@@ -83,16 +83,32 @@ def result(a: int, operator: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[operator]
 
 
-def steps(a: int, operator: str, b: int) -> str:
-    """The working of a question: tens first, then ones."""
+def equations(a: int, operator: str, b: int, wrong: int | None = None, rng: random.Random | None = None) -> list[str]:
+    """The working of a question: tens first, then ones. Step `wrong` takes another operator's result, or is off by one,
+    and the rest builds on it."""
+    done: list[str] = []
+
+    def equation(x: int, sign: str, y: int) -> int:
+        value = result(x, sign, y)
+        if len(done) == wrong:
+            value = rng.choice([v for other in "+-*" if (v := result(x, other, y)) != value and v >= 0] or [value + 1])
+        done.append(f"{x}{sign}{y}={value}")
+        return value
+
     tens, ones = a // 10 * 10, a % 10
     if operator == "+":
-        high, low = tens + b // 10 * 10, ones + b % 10
-        return f"{tens}+{b // 10 * 10}={high},{ones}+{b % 10}={low},{high}+{low}={high + low}"
-    if operator == "-":
-        high = a - b // 10 * 10
-        return f"{a}-{b // 10 * 10}={high},{high}-{b % 10}={high - b % 10}"
-    return f"{tens}*{b}={tens * b},{ones}*{b}={ones * b},{tens * b}+{ones * b}={a * b}"
+        high, low = equation(tens, "+", b // 10 * 10), equation(ones, "+", b % 10)
+        equation(high, "+", low)
+    elif operator == "-":
+        equation(equation(a, "-", b // 10 * 10), "-", b % 10)
+    else:
+        high, low = equation(tens, "*", b), equation(ones, "*", b)
+        equation(high, "+", low)
+    return done
+
+
+def steps(a: int, operator: str, b: int) -> str:
+    return ",".join(equations(a, operator, b))
 
 
 def worked(question: tuple, rng: random.Random, wrong: float = 0.0) -> tuple[str, int]:
@@ -104,15 +120,15 @@ def worked(question: tuple, rng: random.Random, wrong: float = 0.0) -> tuple[str
     return f"<think>{text}</think>", answer
 
 
-def blurted(question: tuple, rng: random.Random) -> int:
+def blurted(question: tuple, rng: random.Random, right: float = BLURT_RIGHT) -> int:
     """An answer given at once: right a quarter of the time, mostly ten too high, otherwise anything near.
 
     The mistake is always the same one, so that the most likely answer at once is wrong too.
     """
     truth, dice = result(*question), rng.random()
-    if dice < BLURT_RIGHT:
+    if dice < right:
         return truth
-    if dice < BLURT_RIGHT + BLURT_SLIP:
+    if dice < right + BLURT_SLIP:
         return truth + 10
     return truth + rng.choice([-21, -12, -9, -2, -1, 1, 2, 9, 12, 21])
 
@@ -181,16 +197,26 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def preference(question: tuple, rng: random.Random) -> dict:
-    """Two replies of which the gold judge prefers one: right before wrong, then polite before curt."""
+    """Two replies of which the gold judge prefers one: right before wrong, and among right ones polite before curt.
+
+    A reply is worked, in three of ten cases with a wrong step, or blurted, which is hardly ever right here: a model of
+    this size cannot see whether a sum answered at once is right, so that more right ones would be noise.
+    """
+
+    count = len(equations(*question))
 
     def candidate() -> tuple[tuple, str]:
         polite = rng.random() < 0.5
-        working, answer = worked(question, rng, 0.3) if rng.random() < 0.5 else ("", blurted(question, rng))
+        if rng.random() < 0.5:
+            done = equations(*question, rng.randrange(count) if rng.random() < 0.3 else None, rng)
+            working, answer = f"<think>{','.join(done)}</think>", int(done[-1].partition("=")[2])
+        else:
+            working, answer = "", blurted(question, rng, right=0.03)
         return (answer == result(*question), polite), reply(answer, polite, working)
 
     first, second = candidate(), candidate()
-    while first[0] == second[0]:
-        second = candidate()
+    while first[0] == second[0] or not (first[0][0] or second[0][0]):
+        first, second = candidate(), candidate()
     better, worse = (first, second) if first[0] > second[0] else (second, first)
     return {
         "prompt": [ask(question)],
@@ -200,19 +226,31 @@ def preference(question: tuple, rng: random.Random) -> dict:
     }
 
 
+def solution(question: tuple, rng: random.Random) -> dict:
+    """A solution step by step: in half of them one step is wrong; it and all that follow are labelled so."""
+    count = len(equations(*question))
+    wrong = rng.randrange(count) if rng.random() < 0.5 else count
+    first, *rest = equations(*question, wrong, rng)
+    return {
+        "prompt": [ask(question)],
+        "completions": [f"<think>{first}", *rest],
+        "labels": [i < wrong for i in range(count)],
+    }
+
+
 def make_data() -> None:
     learned, held_out = questions()
     places = names(2400)
     for split, pools, sizes, region in (
-        ("train", learned, (1200, 2400, 1200, 300), slice(2000, 2300)),
-        ("test", held_out, (192, 192, 192, 60), slice(2300, 2400)),
+        ("train", learned, (1200, 2400, 3600, 2400, 300), slice(2000, 2300)),
+        ("test", held_out, (192, 192, 192, 192, 60), slice(2300, 2400)),
     ):
         rng = random.Random(f"{SEED}{split}")
         # The three kinds in turn, no question twice where there are enough.
         picked = [q for trio in zip(*(rng.sample(p, min(len(p), 800)) for p in pools)) for q in trio]
         if split == "train":  # products are few: they come round again
             picked = [q for i in range(800) for q in (pools[0][i], pools[1][i], pools[2][i % len(pools[2])])]
-        demonstrations, maths, preferences, tools = sizes
+        demonstrations, maths, preferences, solutions, tools = sizes
         write(
             f"demonstrations_{split}.jsonl",
             [
@@ -225,7 +263,9 @@ def make_data() -> None:
             ],
         )
         write(f"maths_{split}.jsonl", [{"prompt": [ask(q)], "answer": str(result(*q))} for q in picked[:maths]])
-        write(f"preferences_{split}.jsonl", [preference(q, rng) for q in picked[:preferences]])
+        judged, stepwise = random.Random(f"{SEED}preferences{split}"), random.Random(f"{SEED}steps{split}")
+        write(f"preferences_{split}.jsonl", [preference(q, judged) for q in (picked + picked)[:preferences]])
+        write(f"steps_{split}.jsonl", [solution(q, stepwise) for q in picked[:solutions]])
         tasks = [tool_task(place if i % 2 else None, rng) for i, place in enumerate(places[region][:tools])]
         write(
             f"tools_{split}.jsonl",
