@@ -178,6 +178,8 @@ class Args:
     """steps between evaluations; 0 evaluates before and after only"""
     eval_rows: int = 192
     """held-out rows used"""
+    eval_prompts: int = 192
+    """of these, the number whose prompts are also answered, which costs far more than scoring their pairs"""
     eval_samples: int = 4
     """completions sampled per held-out prompt"""
     temperature: float = 1.0
@@ -932,7 +934,7 @@ def main(args: Args) -> dict:
     if args.iterations:
         examples, count = [], len(questions := encode_questions(tokenizer, rows, args.dataset, longest))
         held_out_pairs = [row for row in held_out if all(row.get(c) is not None for c in ("chosen", "rejected"))]
-        held_out_questions = encode_questions(tokenizer, held_out, held_out_source, longest)
+        held_out_questions = encode_questions(tokenizer, held_out[: args.eval_prompts], held_out_source, longest)
     else:
         examples = encode_rows(tokenizer, rows, args.dataset, *budget)
         if args.loss == "kto":
@@ -940,7 +942,7 @@ def main(args: Args) -> dict:
         held_out_pairs, count = held_out, len(examples)
     held_out_examples = encode_rows(tokenizer, held_out_pairs, held_out_source, *budget) if held_out_pairs else []
     if not args.iterations:
-        held_out_questions = [{"ids": e.prompt, "gold": e.gold} for e in held_out_examples]
+        held_out_questions = [{"ids": e.prompt, "gold": e.gold} for e in held_out_examples[: args.eval_prompts]]
     pairs = [example for example in held_out_examples if example.desirable is None]
 
     # With --iterations, parts of the prompts in turn, and so many steps on the pairs of each.
@@ -997,8 +999,10 @@ def main(args: Args) -> dict:
         return examples, drawn[1]
 
     # The policy has not been trained nor its checkpoint loaded yet: it is the reference.  # detail 3
-    for unscored in (examples, pairs):
+    began = time.perf_counter()
+    for unscored in ([examples[i] for i in sorted(set(order))] if examples else [], pairs):
         score_under_reference(unscored, lambda: policy)
+    reference_time = {"time/reference": time.perf_counter() - began}
     first = load_checkpoint(run, policy, optimizer, steps) if args.resume else 0
     if not args.resume:
         run.log(0, *evaluate(0))
@@ -1040,6 +1044,7 @@ def main(args: Args) -> dict:
             **preference_metrics(totals),
             **({"preference/baseline": baseline} if args.loss == "kto" else {}),
             **(fresh if place == 0 else {}),
+            **(reference_time if step == 1 else {}),
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": rate,
             "throughput/tokens_per_second": totals["tokens"] / elapsed,
@@ -1062,8 +1067,8 @@ def main(args: Args) -> dict:
 
 def check_dpo_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
-    if args.batch_size < 1 or args.microbatch_tokens < 1 or args.eval_samples < 1:
-        sys.exit("--batch-size, --microbatch-tokens and --eval-samples must be at least 1.")
+    if min(args.batch_size, args.microbatch_tokens, args.eval_samples, args.eval_prompts) < 1:
+        sys.exit("--batch-size, --microbatch-tokens, --eval-samples and --eval-prompts must be at least 1.")
     if args.beta is not None and args.beta <= 0:
         sys.exit(f"--beta {args.beta}: must be above 0; the larger, the closer to the reference.")
     if not 0 <= args.label_smoothing < 0.5:

@@ -592,7 +592,7 @@ def local_scores(model, packed: Packed, positions: torch.Tensor) -> torch.Tensor
     """Scores of a model whose weights this process holds, or has gathered."""
     hidden = hidden_states(model, packed)[positions]
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.float())[:, 0]  # detail 2
+        return model.score(hidden.float())[:, 0]
 
 
 @torch.no_grad()

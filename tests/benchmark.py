@@ -1,8 +1,9 @@
 """Speed and memory against the peers on the same model, rows, batch and precision: `python tests/benchmark.py`.
 
 Prints a table and asserts nothing about time. The sampler is timed against `model.generate` in one process, in turn;
-sft.py and grpo.py against TRL's trainers with their defaults, each in a process of its own so that peak memory is its
-own. Every figure is the median of its repetitions; the first step of every trainer is left out as warm-up.
+the scripts against TRL's trainers with their defaults, each in a process of its own so that peak memory is its own.
+Figures are medians of repetitions or steps, the first step of every trainer left out as warm-up; but pairs differ much
+in length, so reward_model.py and dpo.py are timed over one pass through the same rows, dpo.py's reference included.
 """
 
 from __future__ import annotations
@@ -35,8 +36,20 @@ def problems(count: int) -> list[dict]:
     return rows
 
 
-def rows_for(path: str | None, count: int) -> list[dict]:
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")] if path else problems(count)
+def pairs(count: int) -> list[dict]:
+    """The same problems with two answers."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "chosen": row["answer"],
+            "rejected": row["answer"][::-1],
+        }
+        for row in problems(count)
+    ]
+
+
+def rows_for(path: str | None, count: int, made_up=problems) -> list[dict]:
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")] if path else made_up(count)
     return rows[:count]
 
 
@@ -91,13 +104,16 @@ def report(what: str, medians: dict[str, float], higher: bool) -> None:
 
 
 def run_ours(script: str, flags: list, folder: str) -> dict:
-    flags = [*map(str, flags), "--output-dir", folder, "--eval-every", "0", "--eval-rows", "1", "--eval-samples", "1"]
+    flags = [*map(str, flags), "--output-dir", folder, "--eval-every", "0", "--eval-rows", "1"]
+    flags += [] if script == "reward_model" else ["--eval-samples", "1"]
     subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], check=True, capture_output=True)
-    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()][2:]
+    everything = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    rows = everything[2:]
     return {
         "step": statistics.median(r["time/step"] for r in rows),
         "memory": max(r["memory/peak_gb"] for r in rows),
         "tokens": statistics.median(r["throughput/tokens_per_second"] for r in rows),
+        "pass": sum(r.get("time/step", 0) + r.get("time/reference", 0) for r in everything),
     }
 
 
@@ -143,6 +159,13 @@ def trl(kind: str, args) -> None:
         tokens_seen = statistics.mean(lengths) * 8
         config = SFTConfig(**common, max_length=512)
         trainer = SFTTrainer(args.model, args=config, train_dataset=data, callbacks=[Clock()])
+    elif kind in ("reward", "dpo"):
+        from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+        sides = {side: [[{"role": "assistant", "content": r[side]}] for r in rows] for side in ("chosen", "rejected")}
+        data = Dataset.from_dict({"prompt": [r["prompt"] for r in rows], **sides})
+        config, trainer = {"reward": (RewardConfig, RewardTrainer), "dpo": (DPOConfig, DPOTrainer)}[kind]
+        trainer = trainer(args.model, args=config(**common), train_dataset=data, callbacks=[Clock()])
     else:
         from trl import GRPOConfig, GRPOTrainer
 
@@ -156,7 +179,7 @@ def trl(kind: str, args) -> None:
     trainer.train()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     step = statistics.median(times[1:])
-    print(json.dumps({"step": step, "memory": memory, "tokens": (tokens_seen or 0) / step}))
+    print(json.dumps({"step": step, "memory": memory, "tokens": (tokens_seen or 0) / step, "pass": sum(times)}))
 
 
 def benchmark_trainers(args) -> None:
@@ -177,21 +200,38 @@ def benchmark_trainers(args) -> None:
         report("grpo, peak memory in GB", {"grpo.py": ours["memory"], "GRPOTrainer": theirs["memory"]}, higher=False)
 
 
+def benchmark_preferences(args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data, count = Path(folder) / "pairs.jsonl", 8 * args.steps
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.pairs, count, pairs)))
+        flags = ["--model", args.model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
+        flags += ["--steps", args.steps, "--batch-size", 8, "--learning-rate", "1e-5", "--microbatch-tokens", 512]
+        flags += ["--max-prompt-tokens", 1024, "--max-completion-tokens", 1024]
+        flags += ["--gradient-checkpointing"]  # as TRL's trainers do unless told otherwise
+        for script, kind, peer in (("reward_model", "reward", "RewardTrainer"), ("dpo", "dpo", "DPOTrainer")):
+            ours, theirs = run_ours(script, flags, f"{folder}/{script}"), run_theirs(kind, args, str(data))
+            step = {f"{script}.py": ours["pass"] / args.steps, peer: theirs["pass"] / args.steps}
+            report(f"{script}, seconds per step", step, higher=False)
+            memory = {f"{script}.py": ours["memory"], peer: theirs["memory"]}
+            report(f"{script}, peak memory in GB", memory, higher=False)
+
+
+PARTS = {"sampler": benchmark_sampler, "trainers": benchmark_trainers, "preferences": benchmark_preferences}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "common" / "tiny"))
     parser.add_argument("--data", help="JSONL with question and answer, such as GSM8K's; default: made-up problems")
+    parser.add_argument("--pairs", help="JSONL with prompt (messages), chosen and rejected (text); default: made up")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per completion at most")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", choices=["sampler", "trainers", "trl-sft", "trl-grpo"])
+    parser.add_argument("--only", choices=[*PARTS, "trl-sft", "trl-grpo", "trl-reward", "trl-dpo"])
     arguments = parser.parse_args()
-    if arguments.only in ("trl-sft", "trl-grpo"):
+    if (arguments.only or "").startswith("trl-"):
         trl(arguments.only[4:], arguments)
     else:
         print(f"{arguments.model}, {arguments.dtype}\n| what | ours | peer | ratio |\n|---|---|---|---|")
-        if arguments.only != "trainers":
-            benchmark_sampler(arguments)
-        if arguments.only != "sampler":
-            benchmark_trainers(arguments)
+        for part in [arguments.only] if arguments.only else PARTS:
+            PARTS[part](arguments)

@@ -64,6 +64,35 @@ def test_grpo_raises_the_reward_on_sums_and_the_model_answers_in_a_fresh_process
     assert any(c.isdigit() for c in out.stdout), out.stderr[-2000:]
 
 
+KIND = ("Gladly: {a} + {b} makes {c}.", "Of course! The sum of {a} and {b} is {c}.", "It is {c}. Anything else?")
+RUDE = ("Work that out yourself.", "{c}, obviously. Do not waste my time.", "Why would I tell you what {a} + {b} is?")
+
+
+def answers(path, count: int, seed: int):
+    """Pairs of a kind and a rude answer."""
+    rng = random.Random(seed)
+    with open(path, "w") as file:
+        for _ in range(count):
+            a, b = rng.randint(2, 90), rng.randint(2, 90)
+            better, worse = (rng.choice(said).format(a=a, b=b, c=a + b) for said in (KIND, RUDE))
+            file.write(json.dumps({"prompt": f"What is {a} + {b}?", "chosen": better, "rejected": worse}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("script", ["reward_model", "dpo"])
+def test_ten_steps_on_pairs_prefer_kind_answers(script, tmp_path):
+    train, held_out = answers(tmp_path / "train.jsonl", 80, 0), answers(tmp_path / "test.jsonl", 40, 1)
+    flags = ["--eval-samples", 1] if script == "dpo" else []
+    run(script, "--model", MODEL, "--dataset", train, "--eval-dataset", held_out, "--steps", 10, "--batch-size", 8,
+        "--learning-rate", "1e-5", "--warmup-steps", 1, "--eval-every", 0, "--max-completion-tokens", 32,
+        "--dtype", "bfloat16", *flags, "--output-dir", tmp_path / "run")  # fmt: skip
+    before, after = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    name = "eval/preference_accuracy" if script == "dpo" else "eval/accuracy"
+    assert after[name] >= max(before[name] + 0.1, 0.8)
+    if script == "dpo":  # it has not left the reference; near zero the estimate from 40 samples may be negative
+        assert -1 < after["eval/kl"] < 20
+
+
 def test_samples_score_as_sampled():
     from transformers import AutoModelForCausalLM
 
