@@ -319,22 +319,14 @@ def conversation(row: dict, column: str, where: str) -> tuple[str | list[dict], 
             sys.exit(f"{where}: {column} is text without a prompt; give a prompt column, or a list of messages.")
         roles = ["user" if name == "Human" else "assistant" for name in turns[1::2]]
         value = [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[2::2])]
-    for part in (prompt, value):
-        messages = part if isinstance(part, list) and part else [part]
-        if not (part is None or isinstance(part, str) or all(is_message(m) for m in messages)):
-            sys.exit(f"{where}: prompt and {column} must be text or lists of messages with role and content.")
-    if isinstance(value, str):
-        return prompt, {"role": "assistant", "content": value}
+    if isinstance(value, str) or not value:
+        return prompt, {"role": "assistant", "content": value or ""}
     before, answer = value[:-1], value[-1]
     if value[0]["role"] != "assistant":
         return before, answer
     if prompt is None:
         sys.exit(f"{where}: {column} begins with the assistant and there is no prompt.")
     return as_messages(prompt, "user") + before if before else prompt, answer
-
-
-def is_message(value) -> bool:
-    return isinstance(value, dict) and {"role", "content"} <= value.keys()
 
 
 def encode_answers(tokenizer, prompt: str | list[dict], answers: list[dict], tools):
@@ -365,7 +357,7 @@ def encode_rows(tokenizer, rows: list[dict], source: str, max_prompt: int, max_c
         if any(prompt != prompts[0] for prompt in prompts):
             dropped["different prompts"] += 1
             continue
-        if not all(isinstance(a["content"], str) and a["content"].strip() for a in answers) or not prompts[0]:
+        if not all((a.get("content") or "").strip() for a in answers) or not prompts[0]:
             dropped["an empty side"] += 1
             continue
         if any(answer["role"] != "assistant" for answer in answers):
@@ -373,8 +365,8 @@ def encode_rows(tokenizer, rows: list[dict], source: str, max_prompt: int, max_c
             continue
         try:
             prompt, completions = encode_answers(tokenizer, prompts[0], answers, row.get("tools"))
-        except TemplateError:
-            dropped["roles that the chat template refuses"] += 1
+        except (TemplateError, ValueError):  # the latter for an empty list of messages
+            dropped["roles or content that the chat template refuses"] += 1
             continue
         cut["prompts"] += len(prompt) > max_prompt
         cut["answers"] += sum(len(ids) > max_completion for ids in completions)
@@ -384,8 +376,7 @@ def encode_rows(tokenizer, rows: list[dict], source: str, max_prompt: int, max_c
             dropped["equal answers"] += 1
             continue
         label = None if desirable is None else bool(desirable)
-        gold = row.get("answer") if isinstance(row.get("answer"), str) else None
-        examples.append(Example(prompt, completions, label, gold))
+        examples.append(Example(prompt, completions, label, row.get("answer")))
     if dropped or +cut:
         reasons = ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
         print(
@@ -446,7 +437,8 @@ def completion_logprobs(model, examples: list[Example], device, bfloat16: bool) 
     prompts = [example.prompt for example in examples for _ in example.completions]
     completions = [ids for example in examples for ids in example.completions]
     packed = pack_completions(prompts, completions)  # detail 1
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    # A forward needs each weight once, so keeping its bfloat16 copy for another use would only take memory.
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
         logprobs, _ = token_logprobs(model, packed.to(device))
     sums = torch.stack([part.sum() for part in logprobs.split(packed.lengths)])  # detail 2
     return sums, torch.tensor(packed.lengths, device=device)
@@ -595,7 +587,7 @@ PRINCIPLE = "Choose the answer that is more helpful, honest and harmless."
 def content(completion: str | list[dict]) -> str:
     """What is said in a completion."""
     texts = [completion] if isinstance(completion, str) else [m.get("content") or "" for m in completion]
-    return "".join(text for text in texts if isinstance(text, str)).strip()
+    return "".join(texts).strip()
 
 
 def judge_question(prompt: str | list[dict], first: str, second: str, principle: str) -> str:
@@ -610,6 +602,13 @@ def judge_question(prompt: str | list[dict], first: str, second: str, principle:
 def judged_probability(first: float, swapped: float) -> float:
     """Probability that response 1 is better, from P(option A) with response 1 as A, and with response 2 as A."""
     return (first + 1 - swapped) / 2
+
+
+def last_hidden_states(model, rows: list[list[int]], device) -> torch.Tensor:
+    """Hidden states [R, d] at the last token of each row, which no padding can displace: rows are packed."""
+    packed = pack([Segment(row, [False] * len(row)) for row in rows]).to(device)
+    last = torch.tensor([len(row) for row in rows], device=device).cumsum(0) - 1
+    return hidden_states(model, packed)[last]
 
 
 def load_judge(args, device, bfloat16: bool):
@@ -635,11 +634,9 @@ def load_judge(args, device, bfloat16: bool):
         found, kept = [None] * len(ids), [i for i in range(len(ids)) if fits[i]]
         with tqdm(total=len(kept), desc="judging", leave=False, disable=None) as bar:
             for part in split_by_tokens([ids[i] for i in kept], args.microbatch_tokens):
-                rows = [ids[kept[j]] for j in part]
-                packed = pack([Segment(row, [False] * len(row)) for row in rows]).to(device)
-                ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = judge.get_output_embeddings()(hidden_states(judge, packed)[ends.to(device)])
+                    hidden = last_hidden_states(judge, [ids[kept[j]] for j in part], device)
+                    logits = judge.get_output_embeddings()(hidden)
                 for j, probability in zip(part, logits[:, options].float().softmax(-1)[:, 0].tolist()):
                     found[kept[j]] = probability
                 bar.update(len(part))
@@ -734,14 +731,12 @@ def load_reward_model(args, device, bfloat16: bool):
         members.append(model.to(device).eval().requires_grad_(False))
 
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
-        """Scores [B] at the last token of each row, which no padding can displace: rows are packed, or come alone."""
+        """Scores [B] of packed rows, or of one row at a time where the head is of another kind."""
         if not isinstance(getattr(model, "score", None), torch.nn.Linear):
             return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
         scores = torch.zeros(len(rows), device=device)
         for part in split_by_tokens(rows, args.microbatch_tokens):
-            packed = pack([Segment(rows[i], [False] * len(rows[i])) for i in part]).to(device)
-            last = torch.tensor([len(rows[i]) for i in part], device=device).cumsum(0) - 1
-            hidden = hidden_states(model, packed)[last].float()
+            hidden = last_hidden_states(model, [rows[i] for i in part], device).float()
             with torch.autocast(device.type, enabled=False):
                 scores[part] = model.score(hidden)[:, 0]
         return scores
@@ -760,17 +755,25 @@ def load_reward_model(args, device, bfloat16: bool):
 
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
-    """Rows as questions: prompt ids, gold answer and the row. Prompts over `max_tokens` are dropped and counted."""
-    questions = []
+    """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
+    refuses are dropped and counted."""
+    questions, refused = [], 0
     for row in rows:
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
-        ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        try:
+            ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        except (TemplateError, ValueError):  # the latter for an empty list of messages
+            refused += 1
+            continue
         if 0 < len(ids) <= max_tokens:
             questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
-    if len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
+    if refused:
+        print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
+    if long := len(rows) - refused - len(questions):
+        print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
+        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
+        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
     return questions
 
 
@@ -958,7 +961,7 @@ def main(args: Args) -> dict:
     judge = load_judge(args, device, bfloat16) if args.judge else None
     policy = load_model(args, device)
     stops = stop_token_ids(tokenizer, policy)
-    weights = hash_weights(policy)
+    weights = "" if args.loss in NEEDS_NO_REFERENCE else hash_weights(policy)
     policy = shard(policy, world, bfloat16)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     shown = {"loss/train": "loss", "preference/accuracy": "pair accuracy"}
@@ -1122,7 +1125,26 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+        if isinstance(row.get("answer"), (int, float)):
+            row["answer"] = str(row["answer"])
+        read = {name for group in columns if all(row.get(c) is not None for c in group) for name in group}
+        for name in read - {"label", "labels"}:
+            is_several = name == "completions" and isinstance(row[name], list)
+            if not all(map(is_conversation, row[name] if is_several else [row[name]])):
+                sys.exit(
+                    f"{source}, row {number}: conversations must be text or lists of messages with role and content, "
+                    f"both text; {name} is {str(row[name])[:60]}."
+                )
     return rows
+
+
+def is_conversation(value) -> bool:
+    """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
+
+    def is_message(m) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
+
+    return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:

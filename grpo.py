@@ -63,6 +63,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
+from jinja2.exceptions import TemplateError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -292,17 +293,25 @@ def aggregate(
 
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
-    """Rows as questions: prompt ids, gold answer and the row. Prompts over `max_tokens` are dropped and counted."""
-    questions = []
+    """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
+    refuses are dropped and counted."""
+    questions, refused = [], 0
     for row in rows:
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
-        ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        try:
+            ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        except (TemplateError, ValueError):  # the latter for an empty list of messages
+            refused += 1
+            continue
         if 0 < len(ids) <= max_tokens:
             questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
-    if len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
+    if refused:
+        print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
+    if long := len(rows) - refused - len(questions):
+        print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
+        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
+        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
     return questions
 
 
@@ -322,6 +331,13 @@ def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args
         components["model"] = components["model"].view(len(questions), -1)
     components["total"] = sum(weights.get(name, 1.0) * values for name, values in components.items())
     return components
+
+
+def last_hidden_states(model, rows: list[list[int]], device) -> torch.Tensor:
+    """Hidden states [R, d] at the last token of each row, which no padding can displace: rows are packed."""
+    packed = pack([Segment(row, [False] * len(row)) for row in rows]).to(device)
+    last = torch.tensor([len(row) for row in rows], device=device).cumsum(0) - 1
+    return hidden_states(model, packed)[last]
 
 
 def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0.5) -> torch.Tensor:
@@ -364,14 +380,12 @@ def load_reward_model(args, device, bfloat16: bool):
         members.append(model.to(device).eval().requires_grad_(False))
 
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
-        """Scores [B] at the last token of each row, which no padding can displace: rows are packed, or come alone."""
+        """Scores [B] of packed rows, or of one row at a time where the head is of another kind."""
         if not isinstance(getattr(model, "score", None), torch.nn.Linear):
             return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
         scores = torch.zeros(len(rows), device=device)
         for part in split_by_tokens(rows, args.microbatch_tokens):
-            packed = pack([Segment(rows[i], [False] * len(rows[i])) for i in part]).to(device)
-            last = torch.tensor([len(rows[i]) for i in part], device=device).cumsum(0) - 1
-            hidden = hidden_states(model, packed)[last].float()
+            hidden = last_hidden_states(model, [rows[i] for i in part], device).float()
             with torch.autocast(device.type, enabled=False):
                 scores[part] = model.score(hidden)[:, 0]
         return scores
@@ -690,7 +704,26 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+        if isinstance(row.get("answer"), (int, float)):
+            row["answer"] = str(row["answer"])
+        read = {name for group in columns if all(row.get(c) is not None for c in group) for name in group}
+        for name in read - {"label", "labels"}:
+            is_several = name == "completions" and isinstance(row[name], list)
+            if not all(map(is_conversation, row[name] if is_several else [row[name]])):
+                sys.exit(
+                    f"{source}, row {number}: conversations must be text or lists of messages with role and content, "
+                    f"both text; {name} is {str(row[name])[:60]}."
+                )
     return rows
+
+
+def is_conversation(value) -> bool:
+    """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
+
+    def is_message(m) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
+
+    return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:

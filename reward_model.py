@@ -268,7 +268,7 @@ def judged_probability(first: float, swapped: float) -> float:
 
 
 COLUMNS = {
-    "outcome": (("chosen", "rejected"), ("prompt", "completions")),
+    "outcome": (("chosen", "rejected"), ("prompt", "completions"), ("prompt", "chosen", "rejected")),
     "process": (("prompt", "completions", "labels"),),
     "judge": (("chosen", "rejected"), ("prompt",), ("question",)),
     "reference": (("messages",), ("prompt", "completion"), ("question", "answer")),
@@ -285,7 +285,7 @@ class Comparison(NamedTuple):
     probability: float = 1.0
 
 
-class Scored(NamedTuple):
+class Encoded(NamedTuple):
     """A prompt and what is scored behind it, as token ids. `ends` are the lengths at which a score is read."""
 
     prompt: list[int]
@@ -314,7 +314,7 @@ def transcript(text: str, where: str) -> list[dict]:
 def content(completion: str | list[dict]) -> str:
     """What is said in a completion."""
     texts = [completion] if isinstance(completion, str) else [m.get("content") or "" for m in completion]
-    return "".join(text for text in texts if isinstance(text, str)).strip()
+    return "".join(texts).strip()
 
 
 def read_comparison(row: dict, where: str) -> Comparison | str:
@@ -351,7 +351,7 @@ def read_comparison(row: dict, where: str) -> Comparison | str:
     return Comparison(prompts[0], completions, float(margin), float(probability))
 
 
-def encode_comparison(tokenizer, comparison: Comparison) -> Scored | str:
+def encode_comparison(tokenizer, comparison: Comparison) -> Encoded | str:
     """Token ids of a comparison: the prompt once, and each completion up to the conversation's last token."""
     prompt, completions = comparison.prompt, []
     try:
@@ -367,12 +367,12 @@ def encode_comparison(tokenizer, comparison: Comparison) -> Scored | str:
             completions.append(ids[len(before) :])
     except (TemplateError, ValueError):  # transformers refuses the empty conversation before an opening assistant
         return "the chat template refuses them"
-    return Scored(
+    return Encoded(
         before, completions, [[len(ids)] for ids in completions], [], comparison.margin, comparison.probability
     )
 
 
-def encode_solution(tokenizer, row: dict, where: str, separator: str) -> Scored | str:
+def encode_solution(tokenizer, row: dict, where: str, separator: str) -> Encoded | str:
     """Token ids of a solution, steps and separators tokenised apart, with the place where each step ends."""
     steps, labels = row["completions"], row["labels"]
     if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
@@ -385,10 +385,10 @@ def encode_solution(tokenizer, row: dict, where: str, separator: str) -> Scored 
     for step in steps:
         ids += encode_text(tokenizer, step, by_assistant=True) + encode_text(tokenizer, separator)  # detail 10
         ends.append(len(ids))
-    return Scored(encode_prompt(tokenizer, row["prompt"]), [ids], [ends], [bool(label) for label in labels])
+    return Encoded(encode_prompt(tokenizer, row["prompt"]), [ids], [ends], [bool(label) for label in labels])
 
 
-def encode_examples(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> list[Scored]:
+def encode_examples(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> list[Encoded]:
     """All rows as examples; those that teach nothing or are too long are dropped, counted and named."""
     examples, dropped = [], Counter()
     longest = f"over --max-prompt-tokens {args.max_prompt_tokens}, --max-completion-tokens {args.max_completion_tokens}"
@@ -399,13 +399,13 @@ def encode_examples(tokenizer, rows: list[dict], source: str, args: Args, contex
         else:
             read = read_comparison(row, where)
             example = read if isinstance(read, str) else encode_comparison(tokenizer, read)
-        if isinstance(example, Scored):
+        if isinstance(example, Encoded):
             width = max(map(len, example.completions))
             if len(example.prompt) > args.max_prompt_tokens or width > args.max_completion_tokens:
                 example = f"they are too long ({longest})"
             elif len(example.prompt) + width > context:
                 example = f"they are longer than the model's context of {context}"
-        if isinstance(example, Scored):
+        if isinstance(example, Encoded):
             examples.append(example)
         else:
             dropped[example] += 1  # detail 6
@@ -426,7 +426,7 @@ def row_messages(row: dict) -> tuple[list[dict], list[dict]]:
     return as_messages(row["question"], "user"), as_messages(row["answer"], "assistant")
 
 
-def encode_references(tokenizer, args: Args, held_out: list[Scored], context: int) -> list[Scored]:
+def encode_references(tokenizer, args: Args, held_out: list[Encoded], context: int) -> list[Encoded]:
     """The completions on which scores are normalised: demonstrations, or else the better held-out ones."""
     source = args.reference_dataset or (str(TINY / "demonstrations_test.jsonl") if args.dataset is None else None)
     if args.kind == "process" or args.normalisation == "none":
@@ -438,13 +438,13 @@ def encode_references(tokenizer, args: Args, held_out: list[Scored], context: in
     if not tokenizer.chat_template:
         pairs = [("".join(m["content"] for m in before), after[0]["content"]) for before, after in pairs]
     examples = [encode_comparison(tokenizer, Comparison(prompt, [completion])) for prompt, completion in pairs]
-    examples = [e for e in examples if isinstance(e, Scored) and len(e.tokens()) <= context]
+    examples = [e for e in examples if isinstance(e, Encoded) and len(e.tokens()) <= context]
     if not examples:
         sys.exit(f"--reference-dataset {source}: none of its rows can be scored.")
     return examples
 
 
-def pack_examples(examples: list[Scored]) -> tuple[Packed, torch.Tensor]:
+def pack_examples(examples: list[Encoded]) -> tuple[Packed, torch.Tensor]:
     """Examples as one packed row, and where in it their scores are read [S]."""
     segments, positions, total = [], [], 0
     for example in examples:
@@ -478,6 +478,13 @@ def check_principles(args) -> None:
         sys.exit(f"--principles {args.principles}: no such file, or no principle in it (one a line).")
 
 
+def last_hidden_states(model, rows: list[list[int]], device) -> torch.Tensor:
+    """Hidden states [R, d] at the last token of each row, which no padding can displace: rows are packed."""
+    packed = pack([Segment(row, [False] * len(row)) for row in rows]).to(device)
+    last = torch.tensor([len(row) for row in rows], device=device).cumsum(0) - 1
+    return hidden_states(model, packed)[last]
+
+
 def load_judge(args, device, bfloat16: bool):
     """What --judge names, as a function from (prompt, answer, answer) triples to two probabilities each: that option A
     is better with the first answer as A, and with the second as A. None where its context is too short."""
@@ -501,11 +508,9 @@ def load_judge(args, device, bfloat16: bool):
         found, kept = [None] * len(ids), [i for i in range(len(ids)) if fits[i]]
         with tqdm(total=len(kept), desc="judging", leave=False, disable=None) as bar:
             for part in split_by_tokens([ids[i] for i in kept], args.microbatch_tokens):
-                rows = [ids[kept[j]] for j in part]
-                packed = pack([Segment(row, [False] * len(row)) for row in rows]).to(device)
-                ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = judge.get_output_embeddings()(hidden_states(judge, packed)[ends.to(device)])
+                    hidden = last_hidden_states(judge, [ids[kept[j]] for j in part], device)
+                    logits = judge.get_output_embeddings()(hidden)
                 for j, probability in zip(part, logits[:, options].float().softmax(-1)[:, 0].tolist()):
                     found[kept[j]] = probability
                 bar.update(len(part))
@@ -559,7 +564,9 @@ def ai_feedback(args: Args, rows: list[dict], tokenizer, run: Run, context: int,
         labelled.append({**row, **pair_row, "chosen_probability": max(probability, 1 - probability)})
     if run.is_main:
         report_flips([row[3:] for row in judged], len(rows))
-        path.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+        part = path.with_suffix(".part")  # a kill must not leave half of it to --resume
+        part.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+        part.replace(path)
     return labelled
 
 
@@ -579,10 +586,11 @@ def report_flips(readings: list[tuple[float, float]], given: int) -> None:
 # ---------------------------------------------------------------------------------------------- scoring and reports
 
 
-def score_examples(model, examples: list[Scored], device, bfloat16: bool) -> torch.Tensor:
+def score_examples(model, examples: list[Encoded], device, bfloat16: bool) -> torch.Tensor:
     """Scores [S] of the completions or steps of `examples`, end to end, float32 with gradient."""
     packed, positions = pack_examples(examples)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    # A forward needs each weight once, so keeping its bfloat16 copy for another use would only take memory.
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
         if hasattr(model, "sharded_scores"):  # FSDP gathers weights only around methods registered with it
             return model.sharded_scores(packed.to(device), positions.to(device))
         return local_scores(model, packed.to(device), positions.to(device))
@@ -596,7 +604,7 @@ def local_scores(model, packed: Packed, positions: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def score_all(models, examples: list[Scored], args: Args, device, rank: int, world: int, bfloat16: bool) -> list:
+def score_all(models, examples: list[Encoded], args: Args, device, rank: int, world: int, bfloat16: bool) -> list:
     """Scores [N, s] of every example by each of the N members; the processes share the work."""
     mine = examples[rank::world]
     parts = split_by_tokens([e.tokens() for e in mine], args.microbatch_tokens)
@@ -613,7 +621,7 @@ def score_all(models, examples: list[Scored], args: Args, device, rank: int, wor
     return [shares[i % world][i // world] for i in range(len(examples))]
 
 
-def outcome_loss(scores: torch.Tensor, examples: list[Scored], centering: float) -> tuple[torch.Tensor, dict]:
+def outcome_loss(scores: torch.Tensor, examples: list[Encoded], centering: float) -> tuple[torch.Tensor, dict]:
     """Sum over prompts of the mean loss of their pairs, and sums for the log. scores [S]."""
     better, worse, owner, weight = (x.to(scores.device) for x in ranked_pairs([len(e.ends) for e in examples]))
     margin = torch.tensor([e.margin for e in examples], device=scores.device)[owner]
@@ -624,7 +632,7 @@ def outcome_loss(scores: torch.Tensor, examples: list[Scored], centering: float)
     return (losses * weight).sum(), sums
 
 
-def step_loss(scores: torch.Tensor, examples: list[Scored]) -> tuple[torch.Tensor, dict]:
+def step_loss(scores: torch.Tensor, examples: list[Encoded]) -> tuple[torch.Tensor, dict]:
     """Sum of the losses of all steps that have a target, and sums for the log. scores [S]."""
     labels = torch.tensor([float(label) for e in examples for label in e.labels], device=scores.device)
     supervised = [flag for e in examples for flag in supervised_steps(e.labels)]
@@ -633,12 +641,12 @@ def step_loss(scores: torch.Tensor, examples: list[Scored]) -> tuple[torch.Tenso
     return process_loss(scores, labels, supervised).sum(), {"process/accuracy": right.sum()}
 
 
-def targets(examples: list[Scored], kind: str) -> int:
+def targets(examples: list[Encoded], kind: str) -> int:
     """What the losses of an optimizer step are divided by: its prompts, or its steps that have a target."""
     return len(examples) if kind == "outcome" else sum(sum(supervised_steps(e.labels)) for e in examples)  # detail 4
 
 
-def outcome_report(scores: list[torch.Tensor], examples: list[Scored]) -> tuple[dict, dict]:
+def outcome_report(scores: list[torch.Tensor], examples: list[Encoded]) -> tuple[dict, dict]:
     """What held-out pairs tell, and the scores of better and worse completions. scores: [K] per example."""
     flat = torch.cat(scores)
     better, worse, owner, weight = ranked_pairs([len(e.ends) for e in examples])
@@ -661,7 +669,7 @@ def outcome_report(scores: list[torch.Tensor], examples: list[Scored]) -> tuple[
     return report, {"chosen": flat[better], "rejected": flat[worse]}
 
 
-def process_report(scores: list[torch.Tensor], examples: list[Scored], how: str) -> tuple[dict, dict]:
+def process_report(scores: list[torch.Tensor], examples: list[Encoded], how: str) -> tuple[dict, dict]:
     """What held-out solutions tell, and the probabilities of right and wrong steps. scores: [S] per example."""
     loss, sums = step_loss(torch.cat(scores), examples)
     count = targets(examples, "process")
@@ -830,7 +838,7 @@ def main(args: Args) -> dict:
     endings = {e.completions[0][-1] for e in train}
     save_reward_models(run, members, tokenizer, constants, endings, bfloat16)
     if args.kind == "process":
-        return run.finish("python reward_model.py (a model of whole answers, to compare)")
+        return run.finish("python reward_model.py")
     return run.finish(f"python grpo.py --reward-model {run.folder / 'model'} --answer-weight 0")
 
 
@@ -846,7 +854,7 @@ def check_reward_model_args(args: Args) -> None:
         sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
 
 
-def scored_samples(tokenizer, examples: list[Scored], scores: list[torch.Tensor], args: Args) -> list[dict]:
+def scored_samples(tokenizer, examples: list[Encoded], scores: list[torch.Tensor], args: Args) -> list[dict]:
     """Held-out completions with their scores, for samples.jsonl."""
     samples = []
     for example, values in zip(examples, scores):
@@ -952,7 +960,26 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+        if isinstance(row.get("answer"), (int, float)):
+            row["answer"] = str(row["answer"])
+        read = {name for group in columns if all(row.get(c) is not None for c in group) for name in group}
+        for name in read - {"label", "labels"}:
+            is_several = name == "completions" and isinstance(row[name], list)
+            if not all(map(is_conversation, row[name] if is_several else [row[name]])):
+                sys.exit(
+                    f"{source}, row {number}: conversations must be text or lists of messages with role and content, "
+                    f"both text; {name} is {str(row[name])[:60]}."
+                )
     return rows
+
+
+def is_conversation(value) -> bool:
+    """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
+
+    def is_message(m) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
+
+    return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:

@@ -51,6 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
+from jinja2.exceptions import TemplateError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -187,17 +188,25 @@ COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("te
 
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
-    """Rows as questions: prompt ids, gold answer and the row. Prompts over `max_tokens` are dropped and counted."""
-    questions = []
+    """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
+    refuses are dropped and counted."""
+    questions, refused = [], 0
     for row in rows:
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
-        ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        try:
+            ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        except (TemplateError, ValueError):  # the latter for an empty list of messages
+            refused += 1
+            continue
         if 0 < len(ids) <= max_tokens:
             questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
-    if len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
+    if refused:
+        print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
+    if long := len(rows) - refused - len(questions):
+        print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        sys.exit(f"{source}: every prompt is longer than {max_tokens} tokens; raise --max-prompt-tokens.")
+        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
+        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
     return questions
 
 
@@ -233,10 +242,14 @@ def render_row(tokenizer, row: dict, loss_on: str) -> Segment:
 def render_rows(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> list[Segment]:
     """Render all rows; those too long or without a trained token are dropped, cut ones are kept, all are counted."""
     segments = []
-    too_long = cut = empty = 0
+    too_long = cut = empty = refused = 0
     limit = min(args.max_prompt_tokens + args.max_completion_tokens, context)
     for row in tqdm(rows, desc=f"tokenising {Path(source).name}", leave=False, disable=len(rows) < 2000):
-        ids, mask, _ = render_row(tokenizer, row, args.loss_on)
+        try:
+            ids, mask, _ = render_row(tokenizer, row, args.loss_on)
+        except (TemplateError, ValueError):  # the latter for an empty list of messages
+            refused += 1
+            continue
         first = mask.index(True) if any(mask) else len(mask)
         if any(mask) and args.loss_on != "all" and first > min(args.max_prompt_tokens, context - 1):
             too_long += 1
@@ -248,6 +261,8 @@ def render_rows(tokenizer, rows: list[dict], source: str, args: Args, context: i
             empty += 1
             continue
         segments.append(Segment(ids, mask))
+    if refused:
+        print(f"{source}: {refused} rows dropped because the chat template refuses their roles or content.")
     if too_long or cut or empty:
         print(
             f"{source}: {too_long} rows dropped because their prompt is longer than --max-prompt-tokens "
@@ -519,7 +534,26 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+        if isinstance(row.get("answer"), (int, float)):
+            row["answer"] = str(row["answer"])
+        read = {name for group in columns if all(row.get(c) is not None for c in group) for name in group}
+        for name in read - {"label", "labels"}:
+            is_several = name == "completions" and isinstance(row[name], list)
+            if not all(map(is_conversation, row[name] if is_several else [row[name]])):
+                sys.exit(
+                    f"{source}, row {number}: conversations must be text or lists of messages with role and content, "
+                    f"both text; {name} is {str(row[name])[:60]}."
+                )
     return rows
+
+
+def is_conversation(value) -> bool:
+    """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
+
+    def is_message(m) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
+
+    return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:

@@ -235,7 +235,8 @@ def test_dpo_detail_3_no_second_model_in_training(tmp_path, monkeypatch):
         alive.clear()
         folder = tmp_path / loss
         dpo.main(dpo.Args(loss=loss, **small, output_dir=str(folder)))
-        assert len(list(folder.glob("reference/*.json"))) == cached
+        values = [json.loads(path.read_text()) for path in folder.glob("reference/*.json")]
+        assert sorted(map(len, values)) == [2, 4][:cached]  # the pairs that the run draws, and the held-out ones
         assert len(alive) == (1 if cached == 0 else 2)  # the second for the KL of the last evaluation only
     scored = []
     monkeypatch.setattr(dpo, "all_logprobs", lambda *a: scored.append(a) or [])
@@ -249,8 +250,10 @@ def test_dpo_detail_3_no_second_model_in_training(tmp_path, monkeypatch):
 
 
 def test_dpo_detail_5_ties_are_wrong(tmp_path):
-    run("dpo", *SHORT, "--steps", 1, "--output-dir", tmp_path)
+    run("dpo", *SHORT, "--steps", 1, "--eval-prompts", 3, "--output-dir", tmp_path)
     before, after = metrics(tmp_path)
+    answered = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in answered] == [0, 0, 0, 1, 1, 1]
     assert before["eval/preference_accuracy"] == 0 and abs(after["loss/train"] - math.log(2)) < 1e-5
     assert before["eval/loss"] == pytest.approx(math.log(2)) and abs(before["eval/kl"]) < 1e-4
 

@@ -234,6 +234,17 @@ def test_reward_model_detail_8_members_differ_and_other_scripts_load_them(tmp_pa
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_reward_model_detail_8_members_begin_apart_and_see_the_data_in_another_order(tmp_path, monkeypatch):
+    heads = [rm.load_reward_backbone(rm.Args(), CPU, member).score.weight for member in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    seen, score = [], rm.score_examples
+    note = lambda model, examples, *rest: seen.append(examples) or score(model, examples, *rest)  # noqa: E731
+    monkeypatch.setattr(rm, "score_examples", lambda *a: (note if torch.is_grad_enabled() else score)(*a))
+    small = {"steps": 1, "batch_size": 8, "eval_rows": 4, "log_samples": 0, "output_dir": str(tmp_path / "run")}
+    rm.main(rm.Args(dataset=str(PAIRS[1]), ensemble_size=2, **small))
+    assert len(seen) == 2 and len(seen[0]) == len(seen[1]) == 8 and seen[0] != seen[1]
+
+
 def test_reward_model_detail_9_targets_end_at_the_first_wrong_step():
     assert rm.supervised_steps([True, False, True, False]) == [True, True, False, False]
     assert rm.supervised_steps([True, True]) == [True, True] and rm.supervised_steps([False]) == [True]
@@ -315,6 +326,27 @@ def test_a_reward_model_can_be_trained_on(tmp_path):
     run("reward_model", *SHORT, *PAIRS, "--model", tmp_path / "a" / "model", "--output-dir", tmp_path / "b")
     a, b = metrics(tmp_path / "a")[-1], metrics(tmp_path / "b")[0]
     assert a["eval/margin"] == pytest.approx(b["eval/margin"], abs=1e-5)
+
+
+def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, tokenizer):
+    """The same model with the ids of two digits exchanged, in tokenizer and embeddings: texts score the same."""
+    model, swap = tiny_classifier().eval(), tokenizer.convert_tokens_to_ids(["1", "2"])
+    model.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table[swap] = table[swap[::-1]].clone()
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    path = tmp_path / "b" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= dict(zip("12", swap[::-1]))
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(str(tmp_path / "b")).convert_tokens_to_ids(["1", "2"]) == swap[::-1]
+    texts = [([{"role": "user", "content": f"{i}+11=?"}], f"<answer>{i + 11}</answer>") for i in range(8)]
+    scores = [grpo.load_reward_model(grpo.Args(reward_model=str(tmp_path / x)), CPU, False)(texts) for x in "ab"]
+    torch.testing.assert_close(*scores)
+    assert scores[0].std() > 0.01
 
 
 def test_pad_token_that_ends_conversations_is_not_named(tmp_path, tokenizer):

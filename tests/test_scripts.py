@@ -204,17 +204,17 @@ def timeless(folder) -> list[dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_dpo_detail_4_microbatches_and_processes_change_nothing(case, tmp_path):
     script, flags = CASES[case]
-    # After few small steps: Adam divides tiny differences by tiny gradients, hence the tolerance.
+    # After two steps of at most 1e-5: Adam divides tiny differences by tiny gradients, hence a tenth of that way.
     steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
     run(script, *steps, "--output-dir", tmp_path / "one")
     run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
     run(script, *steps, "--output-dir", tmp_path / "two", torchrun=2)
     for other in ("small", "two"):
-        same(weights(tmp_path / "one"), weights(tmp_path / other), 1e-5)
+        same(weights(tmp_path / "one"), weights(tmp_path / other), 2e-6)
         for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
             for name in a:
-                if "accuracy" not in name:  # near ties fall either way
-                    assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), name
+                if name != "preference/accuracy":  # before the first update all pairs are tied, but for rounding
+                    assert a[name] == pytest.approx(b[name], rel=1e-3, abs=5e-6), name
     # A checkpoint of two processes goes on in one.
     run(script, "--resume", tmp_path / "two", "--steps", 3)
     assert metrics(tmp_path / "two")[-1]["step"] == 3
@@ -307,6 +307,9 @@ GOOD = '{"prompt": "1+1=?", "completion": "<answer>2</answer>", "answer": "2", "
     (GOOD * 20, ["--device", "cuda"], "no CUDA"),
     (GOOD * 20, ["--batch-size", "0"], "at least 1"),
     ("\udcff" + GOOD, [], "line 1: not JSON"),
+    (GOOD.replace('"1+1=?"', "5") * 20, [], "row 1: conversations must be text or lists of messages"),
+    (GOOD.replace('"1+1=?"', '[{"role": "user", "content": [{"type": "text"}]}]') * 20, [], "prompt is [{'role': 'us"),
+    (GOOD.replace('"1+1=?"', '["hello"]') * 20, [], "prompt is ['hello']"),
 ])  # fmt: skip
 def test_bad_data_and_settings_are_told_in_a_sentence(script, content, flags, sentence, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
@@ -343,6 +346,29 @@ def test_settings_of_grpo(tmp_path):
     output = run("grpo", *SHORT["grpo"], "--steps", 1, "--max-prompt-tokens", 40, "--dataset", data,
                  "--output-dir", tmp_path / "run")  # fmt: skip
     assert "prompts dropped: over 40 tokens" in output
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_rows_that_the_chat_template_refuses_are_dropped(script, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    strict = "{% if messages and messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(strict + template.read_text())
+    row = json.loads(GOOD)
+    refused = [{**row, "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}]
+    refused += [{**row, "prompt": [{"role": "user", "content": None}]}, {**row, "prompt": []}]
+    data = write(tmp_path / "d.jsonl", "".join(json.dumps(r) + "\n" for r in refused + [row] * 5))
+    flags = [*SHORT[script], "--model", tmp_path / "model", "--dataset", data, "--eval-dataset", data, "--steps", 1]
+    output = run(script, *flags, "--output-dir", tmp_path / "run")
+    assert "3 of 8 " in output or "3 rows dropped" in output
+
+
+def test_answers_that_are_numbers(tmp_path):
+    data = write(tmp_path / "d.jsonl", '{"prompt": "1+1=?", "answer": 2}\n' * 20)
+    assert (
+        grpo.answer_reward("It is 2.0.", grpo.load_rows(str(data), None, "train", (("prompt", "answer"),))[0], 0) == 1
+    )
+    run("grpo", *SHORT["grpo"], "--steps", 1, "--dataset", data, "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo", "reward_model"])
