@@ -747,6 +747,9 @@ def load_reward_model(args, device, bfloat16: bool):
         rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = [score_rows(model, rows).float().cpu() for model in members]
+        if not all(x.isfinite().all() for x in logits):
+            bad = next(int((~x.isfinite()).nonzero()[0, 0]) for x in logits if not x.isfinite().all())
+            sys.exit(f"{flag} {path}: gave no number for {pairs[bad][1][:60]!r}; its weights may be damaged.")
         constants = [(getattr(m.config, "reward_mean", 0.0), getattr(m.config, "reward_std", 1.0)) for m in members]
         scores = torch.stack([(x - mean) / std for x, (mean, std) in zip(logits, constants)])  # [N, B]
         return aggregate_scores(scores, args.ensemble_score)
@@ -833,10 +836,11 @@ def sample_pairs(sampler, tokenizer, questions, rankers: tuple, args: Args, seed
 
 
 @torch.no_grad()
-def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict]]:
+def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict], list]:
     """Gold accuracy on held-out questions: mean of `args.eval_samples` at the training temperature, and greedy.
 
-    Returns the metrics over all processes, and one sample of each of this process's questions for the log.
+    Returns the metrics over all processes, one sample of each of this process's questions for the log, and all that
+    was sampled for these at the training temperature.
     """
     mine, indices = questions[rank::world], list(range(rank, len(questions), world))
     prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
@@ -864,7 +868,7 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
         metrics["eval/accuracy_greedy"] = sums["right_greedy"] / sums["known"]
     metrics["eval/completion_length"] = sums["length"] / sums["sampled"]
     metrics["eval/truncated_fraction"] = sums["cut"] / sums["sampled"]
-    return metrics, samples
+    return metrics, samples, sampled
 
 
 def evaluate_drift(sampler, tokenizer, questions, reference, args: Args, style: str | None, parallel: tuple) -> dict:
@@ -982,7 +986,7 @@ def main(args: Args) -> dict:
         sampler, reference = new_sampler(), None
         if args.loss not in NEEDS_NO_REFERENCE:
             reference = load_reference() if step else policy
-        scores, samples = evaluate_answers(sampler, tokenizer, held_out_questions, args, rank, world)
+        scores, samples, _ = evaluate_answers(sampler, tokenizer, held_out_questions, args, rank, world)
         drift = evaluate_drift(sampler, tokenizer, held_out_questions, reference, args, style, parallel)
         return {**metrics, **scores, **drift}, samples
 

@@ -396,6 +396,9 @@ def load_reward_model(args, device, bfloat16: bool):
         rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = [score_rows(model, rows).float().cpu() for model in members]
+        if not all(x.isfinite().all() for x in logits):
+            bad = next(int((~x.isfinite()).nonzero()[0, 0]) for x in logits if not x.isfinite().all())
+            sys.exit(f"{flag} {path}: gave no number for {pairs[bad][1][:60]!r}; its weights may be damaged.")
         constants = [(getattr(m.config, "reward_mean", 0.0), getattr(m.config, "reward_std", 1.0)) for m in members]
         scores = torch.stack([(x - mean) / std for x, (mean, std) in zip(logits, constants)])  # [N, B]
         return aggregate_scores(scores, args.ensemble_score)
@@ -404,10 +407,11 @@ def load_reward_model(args, device, bfloat16: bool):
 
 
 @torch.no_grad()
-def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict]]:
+def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict], list]:
     """Gold accuracy on held-out questions: mean of `args.eval_samples` at the training temperature, and greedy.
 
-    Returns the metrics over all processes, and one sample of each of this process's questions for the log.
+    Returns the metrics over all processes, one sample of each of this process's questions for the log, and all that
+    was sampled for these at the training temperature.
     """
     mine, indices = questions[rank::world], list(range(rank, len(questions), world))
     prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
@@ -435,7 +439,7 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
         metrics["eval/accuracy_greedy"] = sums["right_greedy"] / sums["known"]
     metrics["eval/completion_length"] = sums["length"] / sums["sampled"]
     metrics["eval/truncated_fraction"] = sums["cut"] / sums["sampled"]
-    return metrics, samples
+    return metrics, samples, sampled
 
 
 class Rollout:
@@ -560,7 +564,7 @@ def main(args: Args) -> dict:
 
     def evaluate() -> tuple[dict, list[dict]]:
         sampler.sync()
-        return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)
+        return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)[:2]
 
     first = load_checkpoint(run, policy, optimizer, args.steps) if args.resume else 0
     if not args.resume:

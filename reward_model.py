@@ -839,7 +839,8 @@ def main(args: Args) -> dict:
     save_reward_models(run, members, tokenizer, constants, endings, bfloat16)
     if args.kind == "process":
         return run.finish("python reward_model.py")
-    return run.finish(f"python grpo.py --reward-model {run.folder / 'model'} --answer-weight 0")
+    policy = "" if args.model == Args.model else f" --model {args.model}"
+    return run.finish(f"python ppo.py{policy} --reward-model {run.folder / 'model'}")
 
 
 def check_reward_model_args(args: Args) -> None:

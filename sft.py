@@ -319,10 +319,11 @@ def is_correct(text: str, gold: str) -> bool:
 
 
 @torch.no_grad()
-def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict]]:
+def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int) -> tuple[dict, list[dict], list]:
     """Gold accuracy on held-out questions: mean of `args.eval_samples` at the training temperature, and greedy.
 
-    Returns the metrics over all processes, and one sample of each of this process's questions for the log.
+    Returns the metrics over all processes, one sample of each of this process's questions for the log, and all that
+    was sampled for these at the training temperature.
     """
     mine, indices = questions[rank::world], list(range(rank, len(questions), world))
     prompts, budget, samples = [q["ids"] for q in mine], args.max_completion_tokens, []
@@ -350,7 +351,7 @@ def evaluate_answers(sampler, tokenizer, questions, args, rank: int, world: int)
         metrics["eval/accuracy_greedy"] = sums["right_greedy"] / sums["known"]
     metrics["eval/completion_length"] = sums["length"] / sums["sampled"]
     metrics["eval/truncated_fraction"] = sums["cut"] / sums["sampled"]
-    return metrics, samples
+    return metrics, samples, sampled
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -401,7 +402,7 @@ def main(args: Args) -> dict:
         if not questions:
             return {"eval/loss": loss}, []
         sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32)  # its memory is free in between
-        scores, samples = evaluate_answers(sampler, tokenizer, questions, args, rank, world)
+        scores, samples, _ = evaluate_answers(sampler, tokenizer, questions, args, rank, world)
         return {"eval/loss": loss, **scores}, samples
 
     first = load_checkpoint(run, model, optimizer, steps) if args.resume else 0

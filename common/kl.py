@@ -231,13 +231,16 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, add_up=lambda sums: sums) -> torch.Tensor:
     """Scale masked values to mean 0 and population variance 1, and zero the rest.
 
-    With `shift_mean=False` the mean is added back: rewards keep their sign, only their scale is set.
+    With `shift_mean=False` the mean is added back: rewards keep their sign, only their scale is set. `add_up` sums a
+    list of numbers over whatever else is to be whitened together, such as the other processes' values.
     """
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean).square(), mask)
+    total, count = add_up([float((values * mask).sum()), float(mask.sum())])
+    mean = total / max(count, 1)
+    (squares,) = add_up([float(((values - mean).square() * mask).sum())])
+    variance = values.new_tensor(squares / max(count, 1))
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
 

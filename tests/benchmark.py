@@ -4,6 +4,10 @@ Prints a table and asserts nothing about time. The sampler is timed against `mod
 the scripts against TRL's trainers with their defaults, each in a process of its own so that peak memory is its own.
 Figures are medians of repetitions or steps, the first step of every trainer left out as warm-up; but pairs differ much
 in length, so reward_model.py and dpo.py are timed over one pass through the same rows, dpo.py's reference included.
+TRL dropped its PPOTrainer after 1.12, so for `--only ppo` put that release before the installed one:
+
+    pip install --no-deps --target trl-1.12 trl==1.12.0
+    PYTHONPATH=trl-1.12 python tests/benchmark.py --only ppo
 """
 
 from __future__ import annotations
@@ -120,6 +124,7 @@ def run_ours(script: str, flags: list, folder: str) -> dict:
 def run_theirs(kind: str, args, data: str) -> dict:
     command = [sys.executable, __file__, "--only", f"trl-{kind}", "--model", args.model, "--data", data]
     command += ["--dtype", args.dtype, "--steps", str(args.steps), "--tokens", str(args.tokens)]
+    command += ["--reward-model", args.reward_model] if kind == "ppo" else []
     out = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(out.stdout.strip().splitlines()[-1])
 
@@ -137,11 +142,14 @@ def trl(kind: str, args) -> None:
     tokens_seen = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *a, **k):
+        def on_train_begin(self, *a, **k):
             self.began = time.perf_counter()
+
+        on_step_begin = on_train_begin  # PPOTrainer does not call it
 
         def on_step_end(self, *a, **k):
             times.append(time.perf_counter() - self.began)
+            self.began = time.perf_counter()
 
     common = {
         "output_dir": tempfile.mkdtemp(), "max_steps": args.steps, "report_to": "none", "bf16": bfloat16,
@@ -166,6 +174,8 @@ def trl(kind: str, args) -> None:
         data = Dataset.from_dict({"prompt": [r["prompt"] for r in rows], **sides})
         config, trainer = {"reward": (RewardConfig, RewardTrainer), "dpo": (DPOConfig, DPOTrainer)}[kind]
         trainer = trainer(args.model, args=config(**common), train_dataset=data, callbacks=[Clock()])
+    elif kind == "ppo":
+        trainer = trl_ppo(args, rows, tokenizer, common, Clock())
     else:
         from trl import GRPOConfig, GRPOTrainer
 
@@ -180,6 +190,28 @@ def trl(kind: str, args) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     step = statistics.median(times[1:])
     print(json.dumps({"step": step, "memory": memory, "tokens": (tokens_seen or 0) / step, "pass": sum(times)}))
+
+
+def trl_ppo(args, rows: list[dict], tokenizer, common: dict, clock):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    chats = [[{"role": "user", "content": r["question"]}] for r in rows]
+    ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+    data, tokenizer.padding_side = Dataset.from_dict({"input_ids": ids}), "left"
+    load = AutoModelForSequenceClassification.from_pretrained
+    reward_model, critic = (load(args.reward_model, num_labels=1, dtype="float32") for _ in range(2))
+    policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, dtype="float32") for _ in range(2))
+    for name in ("max_steps", "model_init_kwargs"):
+        common.pop(name)
+    common["per_device_train_batch_size"] = 16
+    config = PPOConfig(
+        **common, total_episodes=16 * args.steps, response_length=args.tokens, temperature=1.0, stop_token="eos",
+        num_sample_generations=0,
+    )  # fmt: skip
+    return PPOTrainer(config, tokenizer, policy, reference, reward_model, data, critic, eval_dataset=data,
+                      callbacks=[clock])  # fmt: skip
 
 
 def benchmark_trainers(args) -> None:
@@ -216,22 +248,49 @@ def benchmark_preferences(args) -> None:
             report(f"{script}, peak memory in GB", memory, higher=False)
 
 
-PARTS = {"sampler": benchmark_sampler, "trainers": benchmark_trainers, "preferences": benchmark_preferences}
+def benchmark_ppo(args) -> None:
+    """16 prompts, one completion each, four epochs of one minibatch: PPOTrainer's defaults."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.data, 16 * args.steps)))
+        if args.reward_model is None:  # an untrained head costs as much as a trained one
+            args.reward_model = f"{folder}/reward_model"
+            model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype="float32")
+            model.save_pretrained(args.reward_model)
+            AutoTokenizer.from_pretrained(args.model).save_pretrained(args.reward_model)
+        flags = ["--model", args.model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
+        flags += ["--steps", args.steps, "--learning-rate", "3e-6", "--critic-learning-rate", "3e-6"]
+        flags += ["--reward-model", args.reward_model, "--batch-size", 16, "--num-samples", 1, "--minibatches", 1]
+        flags += ["--max-completion-tokens", args.tokens, "--microbatch-tokens", 1024]
+        ours, theirs = run_ours("ppo", flags, f"{folder}/ppo"), run_theirs("ppo", args, str(data))
+        report("ppo, seconds per step", {"ppo.py": ours["step"], "PPOTrainer": theirs["step"]}, higher=False)
+        report("ppo, peak memory in GB", {"ppo.py": ours["memory"], "PPOTrainer": theirs["memory"]}, higher=False)
+
+
+PARTS = {
+    "sampler": benchmark_sampler,
+    "trainers": benchmark_trainers,
+    "preferences": benchmark_preferences,
+    "ppo": benchmark_ppo,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "common" / "tiny"))
     parser.add_argument("--data", help="JSONL with question and answer, such as GSM8K's; default: made-up problems")
     parser.add_argument("--pairs", help="JSONL with prompt (messages), chosen and rejected (text); default: made up")
+    parser.add_argument("--reward-model", help="for --only ppo; default: --model with an untrained head")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per completion at most")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", choices=[*PARTS, "trl-sft", "trl-grpo", "trl-reward", "trl-dpo"])
+    parser.add_argument("--only", choices=[*PARTS, "trl-sft", "trl-grpo", "trl-reward", "trl-dpo", "trl-ppo"])
     arguments = parser.parse_args()
     if (arguments.only or "").startswith("trl-"):
         trl(arguments.only[4:], arguments)
     else:
         print(f"{arguments.model}, {arguments.dtype}\n| what | ours | peer | ratio |\n|---|---|---|---|")
-        for part in [arguments.only] if arguments.only else PARTS:
+        for part in [arguments.only] if arguments.only else ("sampler", "trainers", "preferences"):
             PARTS[part](arguments)

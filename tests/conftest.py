@@ -11,8 +11,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, so each keeps to one core
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
@@ -110,10 +112,9 @@ def finished(script: str, args, torchrun: int = 0, interpreter: bool = False, cw
     launcher = [sys.executable]
     if torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1" if torchrun else "2"}
     done = subprocess.run(
-        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, env=environment, text=True, timeout=400,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, text=True, timeout=400, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout
 

@@ -318,7 +318,7 @@ def test_output_folder_is_complete(kind, tmp_path):
     assert names <= set(metrics(tmp_path)[-1]) and "→" in output
     if kind == "outcome":  # a folder that a later stage takes, in a batch of texts of different length too
         told = output.strip().splitlines()[-1]
-        assert told.endswith(f"python grpo.py --reward-model {tmp_path / 'model'} --answer-weight 0")
+        assert told.endswith(f"python ppo.py --reward-model {tmp_path / 'model'}")
 
 
 def test_a_reward_model_can_be_trained_on(tmp_path):
@@ -452,14 +452,6 @@ def test_bad_data_and_settings_are_told_in_a_sentence(rows, flags, sentence, tmp
 
 
 # ---------------------------------------------------------------------------------------------- it learns
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_reward_model_learns(seed, tmp_path):
-    run("reward_model", "--seed", seed, "--eval-every", 0, "--output-dir", tmp_path)
-    before, after = metrics(tmp_path)[0], metrics(tmp_path)[-1]
-    # 192 pairs: chance stays below 0.58 in 99 of 100. The few right sums that were answered at once are beyond it.
-    assert before["eval/accuracy"] < 0.6 and after["eval/accuracy"] >= 0.9
 
 
 @pytest.mark.parametrize("seed", [1, 2])
