@@ -744,7 +744,10 @@ def load_reward_model(args, device, bfloat16: bool):
     @torch.no_grad()
     def reward_model(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
         chats = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in pairs]
-        rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        try:
+            rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        except TemplateError as error:
+            sys.exit(f"{flag} {path}: its chat template refuses a prompt of the data ({first_line(error)}).")
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = [score_rows(model, rows).float().cpu() for model in members]
         if not all(x.isfinite().all() for x in logits):

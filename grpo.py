@@ -326,7 +326,8 @@ def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args
             for q, row, group in zip(questions, texts, groups)
         ])  # fmt: skip
     if reward_model:
-        prompts = [as_messages(q["row"].get("prompt") or q["row"]["question"], "user") for q in questions]
+        rows = [q["row"] for q in questions]
+        prompts = [as_messages(r["prompt"] if r.get("prompt") is not None else r["question"], "user") for r in rows]
         components["model"] = reward_model([(p, text) for p, row in zip(prompts, texts) for text in row])
         components["model"] = components["model"].view(len(questions), -1)
     components["total"] = sum(weights.get(name, 1.0) * values for name, values in components.items())
@@ -393,7 +394,10 @@ def load_reward_model(args, device, bfloat16: bool):
     @torch.no_grad()
     def reward_model(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
         chats = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in pairs]
-        rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        try:
+            rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        except TemplateError as error:
+            sys.exit(f"{flag} {path}: its chat template refuses a prompt of the data ({first_line(error)}).")
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = [score_rows(model, rows).float().cpu() for model in members]
         if not all(x.isfinite().all() for x in logits):

@@ -29,7 +29,7 @@ float32: on the first minibatch every ratio is 1. `policy/clip_fraction` of up t
 Implementation details that matter, each marked in the code under its number:
  1. A completion that was cut has not earned its score: a penalty is taken off (the EOS trick).
  2. Token ids and old log-probabilities are the sampler's own; nothing that is trained on is tokenised again.
- 3. Logits are divided by the sampling temperature in every forward, of the policy and of the reference.
+ 3. Logits of completions are divided by the sampling temperature in every forward, of policy and reference.
  4. The stop token is an action; masks come from lengths, and nothing behind the last action is ever read.
  5. KL enters the reward as k1, detached: the gradient of k3 there has a wrong size and even a wrong sign.
  6. The score is added at the last action, the stop token where there is one, and what follows it is worth 0.
@@ -49,6 +49,7 @@ Implementation details that matter, each marked in the code under its number:
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -62,7 +63,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -148,7 +149,7 @@ class Args:
     kl_horizon: int = 500
     """completions over which the controller acts; 10,000 is usual in longer runs"""
     stop_kl: float | None = None
-    """end the run at the first evaluation that finds more nats per completion than this"""
+    """end the run at the first evaluation that finds more nats per completion than this; needs --eval-every"""
     gamma: float = 1.0
     """discount of later rewards"""
     gae_lambda: float = 0.95
@@ -166,9 +167,9 @@ class Args:
     max_approx_kl: float | None = None
     """end the passes once ½(log ρ)² has exceeded this on average; 0.01 to 0.05 is usual"""
     critic: Literal["reward_model", "policy"] = "reward_model"
-    """what the critic starts from; the policy with a head of zeros where there is no reward model with its tokenizer"""
+    """what the critic starts from: the reward model (of an ensemble the first), or the policy with a head of zeros"""
     ptx_dataset: str | None = None
-    """demonstrations (prompt + completion) whose likelihood is mixed into the loss (PPO-ptx)"""
+    """demonstrations (prompt + completion; of a Hub data set its split train) mixed into the loss (PPO-ptx)"""
     ptx_weight: float = 0.1
     """of their mean negative log-likelihood per token"""
 
@@ -346,7 +347,8 @@ def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args
             for q, row, group in zip(questions, texts, groups)
         ])  # fmt: skip
     if reward_model:
-        prompts = [as_messages(q["row"].get("prompt") or q["row"]["question"], "user") for q in questions]
+        rows = [q["row"] for q in questions]
+        prompts = [as_messages(r["prompt"] if r.get("prompt") is not None else r["question"], "user") for r in rows]
         components["model"] = reward_model([(p, text) for p, row in zip(prompts, texts) for text in row])
         components["model"] = components["model"].view(len(questions), -1)
     components["total"] = sum(weights.get(name, 1.0) * values for name, values in components.items())
@@ -413,7 +415,10 @@ def load_reward_model(args, device, bfloat16: bool):
     @torch.no_grad()
     def reward_model(pairs: list[tuple[list[dict], str]]) -> torch.Tensor:
         chats = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in pairs]
-        rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        try:
+            rows = [render_chat(tokenizer, chat).ids[-context:] for chat in chats]
+        except TemplateError as error:
+            sys.exit(f"{flag} {path}: its chat template refuses a prompt of the data ({first_line(error)}).")
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = [score_rows(model, rows).float().cpu() for model in members]
         if not all(x.isfinite().all() for x in logits):
@@ -501,11 +506,12 @@ def critic_values(critic, rollout: Rollout, rows: list[int], bfloat16: bool) -> 
     """V_t [b, T]: what the critic still expects before token t is chosen, so read where that token is predicted."""
     device, width = rollout.mask.device, rollout.mask.shape[1]
     packed = pack_completions([rollout.prompts[i] for i in rows], [rollout.ids[i] for i in rows]).to(device)
+    places = packed.sources  # detail 7
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         if hasattr(critic, "sharded_scores"):  # FSDP gathers weights only around methods registered with it
-            values = critic.sharded_scores(packed, packed.sources)
+            values = critic.sharded_scores(packed, places)
         else:
-            values = local_scores(critic, packed, packed.sources)  # detail 7
+            values = local_scores(critic, packed, places)
     return pad_rows(values.split(packed.lengths), width)
 
 
@@ -527,10 +533,11 @@ def load_critic(args: Args, tokenizer, device):
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear):
         sys.exit(f"{flag} {path}: a {type(critic).__name__} has no linear head named `score`; add --critic policy.")
     mean, std = (getattr(config, name, value) for name, value in (("reward_mean", 0.0), ("reward_std", 1.0)))
-    head = torch.nn.Linear(critic.score.in_features, 1)
+    head, trained = torch.nn.Linear(critic.score.in_features, 1), critic.score
+    bias = 0.0 if trained.bias is None else trained.bias.item()
     with torch.no_grad():
-        head.weight.copy_(critic.score.weight / std if from_reward else torch.zeros_like(critic.score.weight))
-        head.bias.fill_(-mean / std if from_reward else 0.0)  # detail 16
+        head.weight.copy_(trained.weight / std if from_reward else torch.zeros_like(trained.weight))
+        head.bias.fill_((bias - mean) / std if from_reward else 0.0)  # detail 16
     critic.score = head
     if critic._supports_attention_backend:
         critic.set_attn_implementation("layout")
@@ -581,20 +588,25 @@ def encode_demonstrations(tokenizer, rows: list[dict], source: str, max_tokens: 
     return demonstrations
 
 
-def ptx_backward(policy, demonstrations: list, seed: int, count: int, weight: float, parallel: tuple) -> float:
-    """Add the gradient of `weight` times the mean negative log-likelihood per token of `count` random demonstrations,
+def ptx_backward(policy, demonstrations: list, seed: int, count: int, args: Args, parallel: tuple) -> float:
+    """Add the gradient of ptx_weight times the mean negative log-likelihood per token of `count` random demonstrations,
     which the processes share. Returns this process's part of that mean."""
     device, rank, world, bfloat16 = parallel
     drawn = torch.randint(len(demonstrations), (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     tokens = sum(len(demonstrations[i][1]) for i in drawn)
-    share = float(rank < count)  # a process that has none repeats one with weight zero, as microbatches do
-    mine = [demonstrations[i] for i in drawn[rank::world] or drawn[:1]]
-    packed = pack_completions([prompt for prompt, _ in mine], [ids for _, ids in mine]).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        logprobs, _ = token_logprobs(policy, packed)
-    loss = -logprobs.sum() / tokens * share
-    (weight * loss * world).backward()  # gradients are averaged over processes
-    return loss.item()
+    mine = drawn[rank::world]
+    prompts, completions = ([demonstrations[i][side] for i in mine or drawn[:1]] for side in (0, 1))
+    parts = split_by_tokens(completions, args.microbatch_tokens, prompts)
+    rounds, total = int(reduce_over_processes([len(parts)], device, maximum=True)[0]), 0.0
+    for k in range(rounds):  # a process with fewer parts repeats its last with weight zero, as microbatches() does
+        part, weight = parts[min(k, len(parts) - 1)], float(bool(mine) and k < len(parts))
+        packed = pack_completions([prompts[i] for i in part], [completions[i] for i in part]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logprobs, _ = token_logprobs(policy, packed)
+        loss = -logprobs.sum() / tokens * weight
+        (args.ptx_weight * loss * world).backward()  # gradients are averaged over processes
+        total += loss.item()
+    return total
 
 
 # ---------------------------------------------------------------------------------------------- what a rollout tells
@@ -660,18 +672,22 @@ def experience_metrics(rollout: Rollout, stopped, rewards: dict, gold: list, tok
 
 
 @torch.no_grad()
-def evaluate_proxy(tokenizer, questions, groups, reference, reward_model, args: Args, device, bfloat16: bool) -> dict:
-    """What held-out completions are worth to the reward that is optimised, and how far they are from the reference."""
+def evaluate_proxy(tokenizer, questions, groups, reference, reward_model, args: Args, device, bfloat16: bool):
+    """What held-out completions are worth to the reward that is optimised, and how far they are from the reference.
+
+    Returns the means over all processes, and the rewards [P, G] of this process's completions.
+    """
     rollout = Rollout([q["ids"] for q in questions], groups, device)
     for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
         rollout.ref_logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+    rewards = score(tokenizer, questions, groups, args, reward_model)["total"]
     sums = {
         "completions": len(rollout.ids),
-        "reward": score(tokenizer, questions, groups, args, reward_model)["total"].sum(),
+        "reward": rewards.sum(),
         "kl": (kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k1") * rollout.mask).sum(),
     }
     sums = sum_over_processes(sums, device)
-    return {f"eval/{name}": sums[name] / sums["completions"] for name in ("reward", "kl")}
+    return {f"eval/{name}": sums[name] / sums["completions"] for name in ("reward", "kl")}, rewards
 
 
 def draw_overoptimisation(run: Run) -> None:
@@ -758,8 +774,9 @@ def main(args: Args) -> dict:
         sys.exit(f"{held_out_source}: {len(held_out)} held-out questions are too few for {world} processes.")
     demonstrations = []
     if args.ptx_dataset:
-        rows = load_rows(args.ptx_dataset, args.subset, args.split, (("prompt", "completion"),))
-        demonstrations = encode_demonstrations(tokenizer, rows, args.ptx_dataset, context)
+        rows = load_rows(args.ptx_dataset, None, "train", (("prompt", "completion"),))
+        longest = min(args.max_prompt_tokens + args.max_completion_tokens, context)
+        demonstrations = encode_demonstrations(tokenizer, rows, args.ptx_dataset, longest)
     shuffle = torch.Generator().manual_seed(args.seed)  # passes over all questions, as many as the steps take
     passes = math.ceil(args.steps * args.batch_size / len(questions))
     order = torch.cat([torch.randperm(len(questions), generator=shuffle) for _ in range(passes)]).tolist()
@@ -790,12 +807,19 @@ def main(args: Args) -> dict:
         sampler.sync()
         scores, samples, groups = evaluate_answers(sampler, tokenizer, held_out, args, rank, world)
         start = policy if step == 0 else load_reference() if reference is None else reference
-        proxy = evaluate_proxy(tokenizer, held_out[rank::world], groups, start, reward_model, args, device, bfloat16)
+        mine = held_out[rank::world]
+        proxy, rewards = evaluate_proxy(tokenizer, mine, groups, start, reward_model, args, device, bfloat16)
+        del start
+        gc.collect()  # a sharded reference points to itself; it must not stay for the training
+        for sample, reward in zip(samples, rewards[:, 0].tolist()):
+            sample["reward"] = reward
         return {**proxy, **scores}, samples
 
     first = load_checkpoint(run, models, optimizers, args.steps) if args.resume else 0
     if args.resume:
         controller.coefficient = run.last["policy/next_beta"]
+        if args.stop_kl is not None and run.last.get("eval/kl", 0.0) > args.stop_kl:
+            sys.exit(f"{run.folder}: the run has ended, its KL of {run.last['eval/kl']:.3g} is above --stop-kl.")
     else:
         run.log(0, *evaluate(0))
 
@@ -845,7 +869,7 @@ def main(args: Args) -> dict:
         # Update.
         sums, first_sums, ratio_max, losses, grad_norms = Counter(), Counter(), 0.0, [], []
         rate = learning_rate_at(step, args.steps, args)
-        rates = [rate, rate * args.critic_learning_rate / args.learning_rate]
+        critic_rate = learning_rate_at(step, args.steps, replace(args, learning_rate=args.critic_learning_rate))
         for epoch in range(args.update_epochs):
             shuffle = torch.Generator().manual_seed(seed * 97 + epoch)  # detail 14
             moved = Counter()
@@ -875,15 +899,16 @@ def main(args: Args) -> dict:
                         first_sums.update(statistics)
                 if demonstrations:
                     ptx_seed, count = seed * 9973 + len(losses), len(chosen)
-                    total["ptx"] = ptx_backward(policy, demonstrations, ptx_seed, count, args.ptx_weight, parallel)
+                    total["ptx"] = ptx_backward(policy, demonstrations, ptx_seed, count, args, parallel)
                 losses.append({name: require_finite(run, step, x, device) for name, x in total.items()})
                 grad_norms.append([
                     optimizer_step(model, optimizer, args.max_grad_norm, rate)
-                    for model, optimizer, rate in zip(models, optimizers, rates)
+                    for model, optimizer, rate in zip(models, optimizers, (rate, critic_rate))
                 ])  # fmt: skip
             sums.update(moved)
             moved = sum_over_processes(moved, device)
-            if args.max_approx_kl and moved["approx_kl"] / moved["tokens"] > args.max_approx_kl:  # detail 14
+            approx_kl = moved["approx_kl"] / moved["tokens"]
+            if args.max_approx_kl is not None and approx_kl > args.max_approx_kl:  # detail 14
                 break
 
         # Log, evaluate, save.
@@ -909,7 +934,8 @@ def main(args: Args) -> dict:
             "memory/peak_gb": peak_memory_gb(device),
         }, []  # fmt: skip
         stopping = stop_requested(stop, device)
-        if is_due(step, args.eval_every, args.steps) and (step == args.steps or not stopping):
+        decides = step == args.steps or args.stop_kl is not None  # such an evaluation is not put off by a signal
+        if is_due(step, args.eval_every, args.steps) and (decides or not stopping):
             scores, samples = evaluate(step)
             metrics |= scores
         warn_if_all_are_cut(run, step, told, args)
@@ -919,10 +945,12 @@ def main(args: Args) -> dict:
         is_far = args.stop_kl is not None and metrics.get("eval/kl", 0.0) > args.stop_kl
         if is_due(step, args.save_every, args.steps) or stopping or is_far:
             save_checkpoint(run, step, models, optimizers)
+        if is_far:
+            if run.is_main and step < args.steps:
+                run.bar.write(f"  {metrics['eval/kl']:.3g} nats per completion: --stop-kl ends the run at step {step}.")
+            break
         if stopping and step < args.steps:
             return run.finish(f"python ppo.py --resume {run.folder}", stopped=stopping)
-        if is_far:
-            break
 
     report_controller(run, args)
     save_model(run, policy, tokenizer, stops, bfloat16)
@@ -937,20 +965,26 @@ def check_ppo_args(args: Args) -> None:
                 f"--reward-model {args.reward_model}: there is none yet. `python reward_model.py` trains one; or name "
                 "another, or take a reward function: --reward-model none --answer-weight 1 --critic policy."
             )
-        args.reward_model = str(Path(args.reward_model).resolve())  # `latest` may be another when the run is resumed
+    for name in ("model", "reward_model"):  # `latest` may be another when the run is resumed
+        if getattr(args, name) != "none" and Path(getattr(args, name)).exists():
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     has_function = any((args.answer_weight, args.format_weight, args.length_weight))
     if args.reward_model == "none" and not has_function:
         sys.exit("--reward-model none leaves nothing to reward: add --answer-weight 1, or another function's weight.")
     if args.reward_model == "none" and args.critic == "reward_model":
         sys.exit("--critic reward_model needs a --reward-model to start from; add --critic policy.")
     counts = ("batch_size", "num_samples", "microbatch_tokens", "minibatches", "update_epochs", "steps", "kl_horizon")
-    for name in counts:
+    for name in (*counts, "max_completion_tokens", "eval_samples", "eval_rows"):
         if getattr(args, name) < 1:
             sys.exit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.temperature <= 0:
         sys.exit("--temperature must be above 0: greedy samples have nothing to learn from.")
     if args.beta < 0 or (args.kl_target is not None and args.kl_target <= 0):
         sys.exit("--beta must be 0 or more, and --kl-target above 0, or none.")
+    if args.stop_kl is not None and args.eval_every < 1:
+        sys.exit("--stop-kl looks at evaluations: give --eval-every as well.")
+    if args.max_approx_kl is not None and args.max_approx_kl <= 0 or args.dual_clip is not None and args.dual_clip <= 1:
+        sys.exit("--max-approx-kl must be above 0, and --dual-clip above 1.")
     if args.batch_size % args.minibatches:
         sys.exit(f"--batch-size {args.batch_size} prompts cannot be divided into --minibatches {args.minibatches}.")
     world = int(os.environ.get("WORLD_SIZE", 1))

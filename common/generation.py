@@ -139,7 +139,10 @@ class Sampler:
             flat = []
         else:
             longest, columns = max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets)
-            if self.slots is None or not self.slots.fits(len(numbers), longest, columns):
+            # A graph's memory must stay. On a CPU each call lays out its own, so that no sample depends, not even in
+            # the last bit of its log-probability, on the calls before: a resumed run has not made them.
+            if self.device.type == "cpu" or self.slots is None or not self.slots.fits(len(numbers), longest, columns):
+                self.slots = None  # gone before the next is there
                 self.slots = _Slots(self, len(numbers), longest, columns)
             uniforms = _uniforms(numbers, columns, seed)
             flat = self.slots.run(prompts, budgets, num_samples, temperature, uniforms, keep, progress)

@@ -257,5 +257,5 @@ class AdaptiveKLController:
     def update(self, kl: float, episodes: int) -> float:
         """`kl`: mean over the batch of the KL *summed* over each sequence; `episodes`: sequences in the batch."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * episodes / self.horizon
+        self.coefficient *= 1 + error * min(1, episodes / self.horizon)  # a short horizon must not turn its sign
         return self.coefficient

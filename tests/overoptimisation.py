@@ -19,13 +19,13 @@ from matplotlib import pyplot  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 UNDER_TRAINED = ["--steps", "15", "--eval-every", "0"]
-FAR = ["--steps", "40", "--learning-rate", "2e-4", "--lr-schedule", "constant", "--update-epochs", "2"]
+FAR = ["--steps", "30", "--learning-rate", "3e-4", "--lr-schedule", "constant", "--update-epochs", "2"]
 FAR += ["--eval-every", "2", "--eval-rows", "96"]
 RUNS = {
     "no defence": ("single", ["--beta", "0"]),
     "KL in the reward, β 0.5": ("single", ["--beta", "0.5", "--kl-target", "None"]),
     "ensemble, worst of 4": ("ensemble", ["--beta", "0", "--ensemble-score", "min"]),
-    "stop at 2 nats": ("single", ["--beta", "0", "--stop-kl", "2"]),
+    "stop at 1.5 nats": ("single", ["--beta", "0", "--stop-kl", "1.5"]),
 }
 
 

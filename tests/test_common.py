@@ -165,6 +165,18 @@ def test_grpo_detail_9_ppo_detail_9_shared_prompts_give_the_same_gradient(model)
         torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_samples_do_not_depend_on_earlier_calls(model, monkeypatch):
+    """Not in the last bit: a resumed run has made other calls. The larger one reads prompts once for all samples."""
+    monkeypatch.setattr(generation, "SHARE_FROM", 20_000)
+    prompts, used, fresh = [[20, 30, 40, 50, 60]] * 3, *(Sampler(model, [0]) for _ in range(2))
+    used.generate(prompts * 8, 40, 4)
+    assert used.slots.shared
+    groups = [sampler.generate(prompts[:1], 24, 3, seed=5) for sampler in (used, fresh)]
+    assert not fresh.slots.shared
+    for a, b in zip(*(group[0] for group in groups)):
+        assert a.ids == b.ids and a.logprobs == b.logprobs
+
+
 def test_split_by_tokens():
     assert split_by_tokens([[0] * n for n in (3, 3, 9, 1, 1)], 6) == [[0, 1], [2], [3, 4]]
     prompt, other = [1] * 4, [2] * 4

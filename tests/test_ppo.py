@@ -108,6 +108,7 @@ def test_t17_ppo_detail_15_the_controller_moves_beta_towards_the_target():
         moved = AdaptiveKLController(0.1, 6.0, 1000).update(kl, 64) - 0.1
         assert math.copysign(1, moved) == direction if direction else moved == 0
     assert AdaptiveKLController(1.0, 6.0, 1000).update(1e6, 10) == pytest.approx(1.002)
+    assert AdaptiveKLController(1.0, 6.0, 20).update(0.0, 2560) == pytest.approx(0.8)  # never below 0
 
 
 def test_bandit_reaches_the_reference_times_the_exponential_of_the_reward():
@@ -259,6 +260,12 @@ def test_plain_reward_function_and_a_critic_from_the_policy(tmp_path):
     assert rows[-1]["reward/gold"] == rows[-1]["reward/answer"] == rows[-1]["reward/mean"]
 
 
+def test_learning_rate_0_trains_the_critic_alone(tmp_path):
+    run("ppo", *ppo_flags(), "--learning-rate", 0, "--output-dir", tmp_path)
+    assert abs(metrics(tmp_path)[-1]["eval/kl"]) < 1e-4 and metrics(tmp_path)[-1]["policy/approx_kl"] < 1e-10
+    assert metrics(tmp_path)[-1]["value/mean"] != 0
+
+
 def test_ptx_mixes_demonstrations_in(tmp_path, tokenizer):
     """With a large weight the run learns from the demonstrations alone."""
     flags = [*ppo_flags(), "--ptx-dataset", TINY / "demonstrations_train.jsonl", "--ptx-weight", 5, "--steps", 6]
@@ -302,11 +309,13 @@ def test_controller_tightens_and_loosens_and_says_where_it_failed(tmp_path):
 
 def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     wild = ["--learning-rate", "3e-3", "--warmup-steps", 0, "--beta", 0, "--eval-every", 1, "--steps", 9]
-    run("ppo", *ppo_flags(), *wild, "--stop-kl", 0.05, "--output-dir", tmp_path)
+    told = run("ppo", *ppo_flags(), *wild, "--stop-kl", 0.05, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
     assert len(rows) < 9 and rows[-1]["eval/kl"] > 0.05 and all(row["eval/kl"] <= 0.05 for row in rows[:-1])
     for name in ("overoptimisation.png", "model/model.safetensors", f"checkpoints/step-{len(rows) - 1:06d}/state.json"):
         assert (tmp_path / name).stat().st_size > 0
+    assert "--stop-kl ends the run at step" in told
+    assert "the run has ended" in fails("ppo", "--resume", tmp_path)
 
 
 def test_proxy_and_gold_stand_side_by_side(tmp_path, reward_folder):
@@ -315,6 +324,9 @@ def test_proxy_and_gold_stand_side_by_side(tmp_path, reward_folder):
     before, row = metrics(tmp_path)[0], metrics(tmp_path)[-1]
     assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(before) & set(row)
     assert row["reward/model"] == row["reward/mean"] != row["reward/gold"]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    first = [sample["reward"] for sample in samples if sample["step"] == 0]  # the proxy of each; one sample a question
+    assert sum(first) / len(first) == pytest.approx(before["eval/reward"], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -337,6 +349,11 @@ def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path)
     (["--minibatches", 3], "divided into --minibatches 3"),
     (["--update-epochs", 0], "--update-epochs must be at least 1"),
     (["--temperature", 0], "above 0"),
+    (["--max-completion-tokens", 0], "--max-completion-tokens must be at least 1"),
+    (["--eval-samples", 0], "--eval-samples must be at least 1"),
+    (["--max-approx-kl", 0], "--max-approx-kl must be above 0"),
+    (["--dual-clip", 1], "--dual-clip above 1"),
+    (["--stop-kl", 2, "--eval-every", 0], "give --eval-every"),
     (["--max-completion-tokens", 512], "whole context"),
     (["--ptx-dataset", "nowhere.jsonl"], "no such file"),
 ])  # fmt: skip
