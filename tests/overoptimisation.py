@@ -2,7 +2,8 @@
 
 A reward model that has seen 15 batches likes worked answers, which at first are the right ones. Optimised without a
 leash, ppo.py takes that liking where the reward model knows nothing: the proxy goes on rising while the answers become
-nonsense (Gao et al., arXiv:2210.10760). Each defence is the same run with one thing changed.
+nonsense (Gao et al., arXiv:2210.10760). Each defence is the same run with one thing changed; the ensemble is tried with
+the small KL that it is published with (Coste et al., arXiv:2310.02743), beside that KL alone.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from matplotlib import pyplot  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 UNDER_TRAINED = ["--steps", "15", "--eval-every", "0"]
-FAR = ["--steps", "30", "--learning-rate", "3e-4", "--lr-schedule", "constant", "--update-epochs", "2"]
-FAR += ["--eval-every", "2", "--eval-rows", "96"]
+FAR = ["--steps", "45", "--learning-rate", "3e-4", "--lr-schedule", "constant", "--update-epochs", "2"]
+FAR += ["--eval-every", "3", "--eval-rows", "96"]
 RUNS = {
     "no defence": ("single", ["--beta", "0"]),
-    "KL in the reward, β 0.5": ("single", ["--beta", "0.5", "--kl-target", "None"]),
-    "ensemble, worst of 4": ("ensemble", ["--beta", "0", "--ensemble-score", "min"]),
+    "KL, β 0.1": ("single", ["--beta", "0.1", "--kl-target", "None"]),
+    "KL, β 0.5": ("single", ["--beta", "0.5", "--kl-target", "None"]),
+    "worst of 4, KL, β 0.1": ("ensemble", ["--beta", "0.1", "--kl-target", "None", "--ensemble-score", "min"]),
     "stop at 1.5 nats": ("single", ["--beta", "0", "--stop-kl", "1.5"]),
 }
 
