@@ -456,7 +456,6 @@ class Rollout:
         self.ids = [c.ids for c in completions]  # detail 2
         self.old_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T]
         self.mask = pad_rows([torch.ones(len(ids)) for ids in self.ids]).to(device)  # [B, T], detail 4
-        self.ref_logprobs = torch.zeros_like(self.old_logprobs)  # [B, T], filled where there is a reference
 
     def rows_of(self, prompts: list[int]) -> list[int]:
         return [p * self.group_size + g for p in sorted(prompts) for g in range(self.group_size)]
@@ -476,6 +475,16 @@ class Rollout:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
         return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
+
+
+@torch.no_grad()
+def reference_logprobs(reference, rollout: Rollout, args, bfloat16: bool) -> torch.Tensor:
+    """Log-probabilities [B, T] of a rollout's completions under the reference; zeros where there is none."""
+    logprobs = torch.zeros_like(rollout.old_logprobs)
+    if reference is not None:
+        for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
+            logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+    return logprobs
 
 
 @torch.no_grad()
@@ -592,10 +601,7 @@ def main(args: Args) -> dict:
         rewards = score(tokenizer, mine, groups, args, reward_model)
         advantages = group_advantages(rewards["total"], args.advantage).flatten().to(device)  # [B]
         rollout = Rollout(prompts, groups, device)
-        if reference is not None:
-            for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
-                with torch.no_grad():
-                    rollout.ref_logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+        ref_logprobs = reference_logprobs(reference, rollout, args, bfloat16)  # [B, T]
 
         # Update.
         sums, first_sums, ratio_max, policy_losses, grad_norms = Counter(), Counter(), 0.0, [], []
@@ -609,20 +615,19 @@ def main(args: Args) -> dict:
                 total_loss = 0.0
                 for part, weight in rollout.microbatches(rows, args.microbatch_tokens):
                     logprobs, entropy = rollout.token_logprobs(policy, part, args.temperature, bfloat16)  # [b, T]
-                    old_logprobs = rollout.old_logprobs[part]
-                    ref_logprobs = None if reference is None else rollout.ref_logprobs[part]
+                    old_logprobs, ref = rollout.old_logprobs[part], ref_logprobs[part]
                     advantage, mask = advantages[part, None], rollout.mask[part] * weight  # [b, 1], [b, T]
                     losses, ratio = policy_loss(
                         logprobs, old_logprobs, advantage, mask, args.clip_low, args.clip_high, args.ratio
                     )
                     if reference is not None:  # detail 7
-                        losses = losses + args.beta * kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
+                        losses = losses + args.beta * kl_estimate(logprobs, ref, args.kl_estimator)
                     loss = aggregate(losses, mask, args.loss_aggregation, sequences, tokens, args.max_completion_tokens)
                     (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
                     total_loss += loss.item()
                     ratio_max = max(ratio_max, float((ratio * mask).max()))
                     statistics = policy_statistics(
-                        logprobs, old_logprobs, ref_logprobs, entropy, ratio, advantage > 0, mask, args
+                        logprobs, old_logprobs, ref if args.beta else None, entropy, ratio, advantage > 0, mask, args
                     )
                     sums.update(statistics)
                     if not grad_norms:  # before the first update policy and sampler have the same weights
@@ -894,6 +899,7 @@ class Run:
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
         self.args, self.is_main, self.shown = args, rank == 0, shown
         self.baseline, self.last = {}, {}  # the metrics logged first, and the latest of each
+        self.carried = {}  # what the next step takes from the last one beyond weights and metrics, as JSON
         stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
@@ -1023,7 +1029,8 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if run.is_main:
-            about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
+            about = {"step": step, "model": fingerprint(model)}
+            about |= {"baseline": run.baseline, "last": run.last, "carried": run.carried}
             (temporary / "state.json").write_text(json.dumps(about))
             temporary.rename(final)
     except (OSError, dcp.api.CheckpointException) as error:
@@ -1048,7 +1055,7 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
         warnings.simplefilter("ignore")
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    run.baseline, run.last = about["baseline"], about["last"]
+    run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
     for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
         whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
         part = path.with_suffix(".part")

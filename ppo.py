@@ -477,7 +477,6 @@ class Rollout:
         self.ids = [c.ids for c in completions]  # detail 2
         self.old_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T]
         self.mask = pad_rows([torch.ones(len(ids)) for ids in self.ids]).to(device)  # [B, T], detail 4
-        self.ref_logprobs = torch.zeros_like(self.old_logprobs)  # [B, T], filled where there is a reference
 
     def rows_of(self, prompts: list[int]) -> list[int]:
         return [p * self.group_size + g for p in sorted(prompts) for g in range(self.group_size)]
@@ -497,6 +496,16 @@ class Rollout:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
         return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
+
+
+@torch.no_grad()
+def reference_logprobs(reference, rollout: Rollout, args, bfloat16: bool) -> torch.Tensor:
+    """Log-probabilities [B, T] of a rollout's completions under the reference; zeros where there is none."""
+    logprobs = torch.zeros_like(rollout.old_logprobs)
+    if reference is not None:
+        for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
+            logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+    return logprobs
 
 
 # ---------------------------------------------------------------------------------------------- rollout and critic
@@ -629,13 +638,15 @@ def update_statistics(logprobs, old_logprobs, entropy, ratio, better, mask, clip
     return {name: float((values * mask).sum()) for name, values in sums.items()}
 
 
-def experience_metrics(rollout: Rollout, stopped, rewards: dict, gold: list, token_reward, values, targets: dict):
+def experience_metrics(
+    rollout: Rollout, ref_logprobs, stopped, rewards: dict, gold: list, token_reward, values, targets: dict
+) -> dict:
     """What a rollout tells about itself, over all processes: proxy and gold reward, KL, lengths, the critic's worth.
 
     value/explained_<name> is the share of the variance of targets[name] [B, T] that the critic foresaw.
     """
     mask, lengths, total = rollout.mask, [len(ids) for ids in rollout.ids], rewards["total"]
-    kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k1") * mask
+    kl = kl_estimate(rollout.old_logprobs, ref_logprobs, "k1") * mask
     sums = {
         "completions": len(lengths), "tokens": sum(lengths), "stopped": stopped.sum(), "kl": kl.sum(),
         "square": total.square().sum(), "gold": sum(gold), "known": len(gold), "objective": token_reward.sum(),
@@ -678,13 +689,12 @@ def evaluate_proxy(tokenizer, questions, groups, reference, reward_model, args: 
     Returns the means over all processes, and the rewards [P, G] of this process's completions.
     """
     rollout = Rollout([q["ids"] for q in questions], groups, device)
-    for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
-        rollout.ref_logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+    ref_logprobs = reference_logprobs(reference, rollout, args, bfloat16)
     rewards = score(tokenizer, questions, groups, args, reward_model)["total"]
     sums = {
         "completions": len(rollout.ids),
         "reward": rewards.sum(),
-        "kl": (kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k1") * rollout.mask).sum(),
+        "kl": (kl_estimate(rollout.old_logprobs, ref_logprobs, "k1") * rollout.mask).sum(),
     }
     sums = sum_over_processes(sums, device)
     return {f"eval/{name}": sums[name] / sums["completions"] for name in ("reward", "kl")}, rewards
@@ -843,15 +853,14 @@ def main(args: Args) -> dict:
         rewards = score(tokenizer, mine, groups, args, reward_model)
         stopped = torch.tensor([c.stopped for group in groups for c in group], device=device)  # [B]
         scores = rewards["total"].flatten().to(device) - args.missing_eos_penalty * ~stopped  # detail 1
+        ref_logprobs = reference_logprobs(reference, rollout, args, bfloat16)  # [B, T]
         for part, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
             with torch.no_grad():  # detail 17
                 old_values[part] = critic_values(critic, rollout, part, bfloat16)
-                if reference is not None:
-                    rollout.ref_logprobs[part], _ = rollout.token_logprobs(reference, part, args.temperature, bfloat16)
 
         # Credit each token.
         beta = controller.coefficient
-        token_reward = token_rewards(rollout.old_logprobs, rollout.ref_logprobs, scores, mask, beta)
+        token_reward = token_rewards(rollout.old_logprobs, ref_logprobs, scores, mask, beta)
         add_up = partial(reduce_over_processes, device=device)
         if args.whiten_rewards:
             token_reward = whiten(token_reward, mask, shift_mean=False, add_up=add_up)  # detail 11
@@ -860,7 +869,7 @@ def main(args: Args) -> dict:
         gold = [float(is_correct(tokenizer.decode(c.ids, skip_special_tokens=True), q["gold"]))
                 for q, group in zip(mine, groups) for c in group if q["gold"] is not None]  # fmt: skip
         targets = {"variance": returns, "outcome": gae(token_reward, old_values, mask, args.gamma, 1.0)[1]}
-        told = experience_metrics(rollout, stopped, rewards, gold, token_reward, old_values, targets)
+        told = experience_metrics(rollout, ref_logprobs, stopped, rewards, gold, token_reward, old_values, targets)
         if reference is None:
             del told["policy/kl"], told["policy/kl_sequence"]
         elif args.kl_target:
@@ -1209,6 +1218,7 @@ class Run:
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
         self.args, self.is_main, self.shown = args, rank == 0, shown
         self.baseline, self.last = {}, {}  # the metrics logged first, and the latest of each
+        self.carried = {}  # what the next step takes from the last one beyond weights and metrics, as JSON
         stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
@@ -1338,7 +1348,8 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if run.is_main:
-            about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
+            about = {"step": step, "model": fingerprint(model)}
+            about |= {"baseline": run.baseline, "last": run.last, "carried": run.carried}
             (temporary / "state.json").write_text(json.dumps(about))
             temporary.rename(final)
     except (OSError, dcp.api.CheckpointException) as error:
@@ -1363,7 +1374,7 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
         warnings.simplefilter("ignore")
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    run.baseline, run.last = about["baseline"], about["last"]
+    run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
     for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
         whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
         part = path.with_suffix(".part")

@@ -1131,6 +1131,7 @@ class Run:
     def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
         self.args, self.is_main, self.shown = args, rank == 0, shown
         self.baseline, self.last = {}, {}  # the metrics logged first, and the latest of each
+        self.carried = {}  # what the next step takes from the last one beyond weights and metrics, as JSON
         stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
@@ -1260,7 +1261,8 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if run.is_main:
-            about = {"step": step, "model": fingerprint(model), "baseline": run.baseline, "last": run.last}
+            about = {"step": step, "model": fingerprint(model)}
+            about |= {"baseline": run.baseline, "last": run.last, "carried": run.carried}
             (temporary / "state.json").write_text(json.dumps(about))
             temporary.rename(final)
     except (OSError, dcp.api.CheckpointException) as error:
@@ -1285,7 +1287,7 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
         warnings.simplefilter("ignore")
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    run.baseline, run.last = about["baseline"], about["last"]
+    run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
     for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
         whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
         part = path.with_suffix(".part")

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import resource
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -55,8 +57,9 @@ SERVER.set_forkserver_preload([
 ])  # fmt: skip
 
 
-def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int | None) -> None:
+def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int | None, environment: dict) -> None:
     """What `python script.py arguments` does, in a process that exists already; prints into the file `output`."""
+    os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -81,9 +84,9 @@ def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int
 class Started:
     """A script that runs: its process, and what it has printed."""
 
-    def __init__(self, script: str, arguments: list[str], cwd: Path, limit: int | None):
+    def __init__(self, script: str, arguments: list[str], cwd: Path, limit: int | None, environment: dict):
         self.output = tempfile.NamedTemporaryFile("r")
-        target = (script, arguments, str(cwd), self.output.name, limit)
+        target = (script, arguments, str(cwd), self.output.name, limit, environment)
         self.process = SERVER.Process(target=as_main, args=target)
         self.process.start()
 
@@ -100,13 +103,35 @@ class Started:
         return self.process.exitcode, self.output.read()
 
 
-def start(script: str, *args, cwd=ROOT, limit: int | None = None) -> Started:
+def start(script: str, *args, cwd=ROOT, limit: int | None = None, environment: dict | None = None) -> Started:
     """Start a script; `limit` bounds the size in bytes of any file it writes, as a full disk does."""
-    return Started(script, list(map(str, args)), cwd, limit)
+    return Started(script, list(map(str, args)), cwd, limit, environment or {})
 
 
-def finished(script: str, args, torchrun: int = 0, interpreter: bool = False, cwd=ROOT, **kwargs) -> tuple[int, str]:
-    """Exit status and output of a script, run from a server, by torchrun, or by an interpreter of its own."""
+def start_several(script: str, count: int, *args, **kwargs) -> list[Started]:
+    """The processes that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [start(script, *args, environment=rank, **kwargs) for rank in ranks]
+
+
+def finished(
+    script: str, args, processes: int = 1, interpreter: bool = False, torchrun: int = 0, cwd=ROOT, **kwargs
+) -> tuple[int, str]:
+    """Exit status and output of a script, run from a server in one process or several (the worst status, the first
+    process's output), by torchrun, or by an interpreter of its own."""
+    if processes > 1:
+        group = start_several(script, processes, *args, cwd=cwd, **kwargs)
+        deadline = time.time() + 400
+        while any(process.poll() is None for process in group) and not any(process.poll() for process in group):
+            assert time.time() < deadline, f"still running after 400 s: {group[0].output.read()[-3000:]}"
+            time.sleep(0.05)
+        for process in group:  # where one has failed the others may wait for it for ever
+            process.process.kill()
+        done = [process.finish(400) for process in group]
+        return max((abs(status) for status, _ in done)), done[0][1]
     if not (torchrun or interpreter):
         return start(script, *args, cwd=cwd, **kwargs).finish(400)
     launcher = [sys.executable]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 
+import dapo
 import grpo
 import sft
 from common import kl
@@ -206,11 +207,12 @@ def test_t23_grpo_detail_8_sequence_ratio():
     close(rho[0], [1.105171] * 4)
 
 
-def test_grpo_detail_2_ids_and_log_probabilities_are_the_samplers_own(tokenizer):
+@pytest.mark.parametrize("module", [dapo, grpo])
+def test_grpo_detail_2_dapo_detail_2_ids_and_log_probabilities_are_the_samplers_own(module, tokenizer):
     """Ids that no tokenizer would produce from their text, an id that is the pad token, and a cut completion."""
     apart = [tokenizer.encode(x, add_special_tokens=False)[0] for x in "<think>"]
     groups = [[Completion([*apart, 1, 0], [-0.5] * 9, True), Completion([1, 1], [-0.25, -2.0], False)]]
-    rollout = grpo.Rollout([[5, 6]], groups, torch.device("cpu"))
+    rollout = module.Rollout([[5, 6]], groups, torch.device("cpu"))
     assert rollout.ids == [[*apart, 1, 0], [1, 1]] and rollout.prompts == [[5, 6]] * 2
     assert rollout.mask.sum(1).tolist() == [9, 2] and rollout.old_logprobs[1, :2].tolist() == [-0.25, -2.0]
     retokenised = tokenizer.encode(tokenizer.decode(rollout.ids[0]), add_special_tokens=False)
@@ -275,32 +277,25 @@ def test_parity_with_trl_selective_log_softmax_and_entropy():
     torch.testing.assert_close(entropy, entropy_from_logits(logits), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("ours,theirs", [("sequence", "grpo"), ("constant", "dr_grpo"), ("token", "bnpo")])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_parity_with_trl_grpo_loss(ours, theirs, ratio):
-    """TRL's own `_compute_loss` on the same random tensors, two-sided clip and k3 included."""
+def trl_grpo_loss(new, old, ref, advantages, mask, beta: float, ratio: str, loss_type: str, delta=None):
+    """TRL's own `_compute_loss` on given tensors [B, T], clipped to 1−0.2 and 1+0.28, budget 12 tokens."""
     from collections import defaultdict
     from types import SimpleNamespace
     from unittest.mock import MagicMock
 
     from trl import GRPOTrainer
 
-    torch.manual_seed(1)
-    rows, width, beta = 6, 9, 0.04
-    old = -torch.rand(rows, width) - 0.1
-    new = (old + 0.4 * torch.randn(rows, width)).requires_grad_(True)
-    ref, advantages = old + 0.2 * torch.randn(rows, width), torch.randn(rows)
-    mask = (torch.arange(width) < torch.tensor([9, 3, 1, 7, 5, 9])[:, None]).float()
-
+    rows, width = mask.shape
     trainer = MagicMock()
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: (new, torch.zeros(rows, width), None)
     trainer.beta, trainer.epsilon_low, trainer.epsilon_high = beta, 0.2, 0.28
-    trainer.importance_sampling_level, trainer.loss_type = ratio, theirs
+    trainer.importance_sampling_level, trainer.loss_type = ratio, loss_type
     trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = 1.0, None
     trainer.use_vllm, trainer.max_completion_length, trainer.aux_loss_enabled = False, 12, False
     trainer.use_adaptive_entropy = trainer._entropy_bonus_enabled = False
     trainer.current_gradient_accumulation_steps, trainer.model.training = 1, True
-    trainer.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, num_loss_aggregations=None)
+    trainer.args = SimpleNamespace(delta=delta, use_bias_correction_kl=False, num_loss_aggregations=None)
+    trainer.args.steps_per_generation = 1
     trainer.accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     inputs = {
@@ -309,12 +304,43 @@ def test_parity_with_trl_grpo_loss(ours, theirs, ratio):
         "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
-    expected = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
-    wanted = torch.autograd.grad(expected, new)[0]
+    return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
 
+
+def random_rollout():
+    """New and old log-probabilities, those of a reference, all [6, 9], advantages [6] and a mask."""
+    torch.manual_seed(1)
+    old = -torch.rand(6, 9) - 0.1
+    new = (old + 0.4 * torch.randn(6, 9)).requires_grad_(True)
+    ref, advantages = old + 0.2 * torch.randn(6, 9), torch.randn(6)
+    return new, old, ref, advantages, (torch.arange(9) < torch.tensor([9, 3, 1, 7, 5, 9])[:, None]).float()
+
+
+@pytest.mark.parametrize("ours,theirs", [("sequence", "grpo"), ("constant", "dr_grpo"), ("token", "bnpo")])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_parity_with_trl_grpo_loss(ours, theirs, ratio):
+    """Two-sided clip and k3 included."""
+    new, old, ref, advantages, mask = random_rollout()
+    expected = trl_grpo_loss(new, old, ref, advantages, mask, 0.04, ratio, theirs)
+    wanted = torch.autograd.grad(expected, new)[0]
     losses, _ = grpo.policy_loss(new, old, advantages[:, None], mask, 0.2, 0.28, ratio)
-    losses = losses + beta * kl.kl_estimate(new, ref, "k3")
-    loss = grpo.aggregate(losses, mask, ours, rows, float(mask.sum()), 12)
+    losses = losses + 0.04 * kl.kl_estimate(new, ref, "k3")
+    loss = grpo.aggregate(losses, mask, ours, 6, float(mask.sum()), 12)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, new)[0], wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("token_level,theirs", [(True, "dapo"), (False, "grpo")])
+@pytest.mark.parametrize("dual_clip", [0.0, 1.5])
+def test_parity_with_trl_dapo_loss(token_level, theirs, dual_clip):
+    new, old, ref, advantages, mask = random_rollout()
+    assert (
+        float(((new.detach() - old).exp() * (advantages[:, None] < 0) * mask).max()) > 1.5
+    )  # there is something to bound
+    expected = trl_grpo_loss(new, old, ref, advantages, mask, 0.0, "token", theirs, dual_clip or None)
+    wanted = torch.autograd.grad(expected, new)[0]
+    losses, _ = dapo.dapo_loss(new, old, advantages[:, None], mask, 0.2, 0.28, dual_clip)
+    loss = dapo.mean_over_step(losses, mask, token_level, 6, float(mask.sum()))
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, new)[0], wanted, atol=1e-6, rtol=1e-4)
 

@@ -1,0 +1,185 @@
+"""dapo.py: each of its five changes by known answers, and dynamic sampling with batches that fill and that do not."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, fails, metrics, run
+
+import dapo
+from common.generation import Completion
+
+SMALL = ["--steps", 2, "--warmup-steps", 1, "--eval-every", 0, "--eval-rows", 4, "--eval-samples", 1, "--num-samples",
+         4, "--batch-size", 4, "--minibatches", 1]  # fmt: skip
+
+
+def close(value, expected, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(value).float(), torch.tensor(expected).float(), atol=tolerance, rtol=0)
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------- the formulas
+
+
+def test_t21_dapo_detail_1_advantages():
+    close(dapo.standardised_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]])), [[1.5, -0.5, -0.5, -0.5]], 1e-4)
+    assert (dapo.standardised_advantages(torch.full((3, 8), 0.1)) == 0).all()
+
+
+def test_t15_t24_dapo_detail_5_clip_higher():
+    rho, advantages = column(1.5, 1.5, 0.5, 0.5), column(1.0, -1.0, 1.0, -1.0)
+    logprobs = rho.log().requires_grad_(True)
+    losses, ratio = dapo.dapo_loss(logprobs, torch.zeros(4, 1), advantages, torch.ones(4, 1), 0.2, 0.2)
+    close(losses.detach(), [[-1.2], [1.5], [-0.5], [0.8]])
+    close(ratio, rho.tolist())
+    gradient = torch.autograd.grad(losses.sum(), logprobs)[0][:, 0]
+    assert gradient[0] == 0 and gradient[3] == 0 and gradient[1] != 0 and gradient[2] != 0
+    one = (column(1.25).log(), column(0.0), column(1.0), column(1.0), 0.2)
+    close(dapo.dapo_loss(*one, 0.28)[0], [[-1.25]])
+    close(dapo.dapo_loss(*one, 0.2)[0], [[-1.2]])
+
+
+def test_t15_dapo_detail_12_dual_clip_bounds_negative_advantages_alone():
+    rho, advantages = column(5.0, 5.0, 2.0), column(-1.0, 1.0, -1.0)
+    arguments = (rho.log(), torch.zeros(3, 1), advantages, torch.ones(3, 1), 0.2, 0.28)
+    close(dapo.dapo_loss(*arguments, 3.0)[0], [[3.0], [-1.28], [2.0]])
+    close(dapo.dapo_loss(*arguments)[0], [[5.0], [-1.28], [2.0]])
+
+
+def test_t25_dapo_detail_11_soft_overlong_punishment():
+    lengths = torch.tensor([1, 16384, 18432, 20480, 20481])
+    close(dapo.overlong_punishment(lengths, 20480, 4096), [0, 0, -0.5, -1, -1])
+    close(dapo.overlong_punishment(lengths, 20480, 0), [0, 0, 0, 0, 0])
+
+
+def group(number: int, correct: list[bool], lengths: list[int]) -> dapo.Group:
+    return dapo.Group(number, [Completion([9] * n, [-0.5] * n, True) for n in lengths], correct)
+
+
+def test_t26_dapo_detail_6_groups_are_kept_by_accuracy_not_by_reward():
+    groups = [
+        group(0, [True] * 4, [5, 5, 5, 5]),
+        group(1, [False] * 4, [5, 5, 5, 5]),
+        group(2, [True, False, False, True], [5, 5, 5, 5]),
+        group(3, [True] * 4, [5, 50, 60, 64]),  # all right, rewards unequal by their lengths
+    ]
+    rewards = dapo.rewards_of(groups, dapo.Args())
+    assert rewards["total"][3].std() > 0 and rewards["answer"][1].tolist() == [-1] * 4
+    assert [g.number for g in groups if dapo.is_mixed(g.correct)] == [2]
+
+
+def test_t22_dapo_detail_7_token_level_loss():
+    losses = torch.tensor([[1.0, 9.0, 9.0], [2.0, 2.0, 2.0]])
+    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    for token_level, expected in ((True, 1.75), (False, 1.5)):
+        close(dapo.mean_over_step(losses, mask, token_level, 2, 4), expected)
+        parts = [dapo.mean_over_step(losses[i : i + 1], mask[i : i + 1], token_level, 2, 4) for i in range(2)]
+        close(sum(parts), expected)
+        close(dapo.mean_over_step(losses, mask * 0, token_level, 0, 0), 0.0)  # nothing left after filtering
+
+
+def test_questions_are_passes_that_are_each_shuffled_anew():
+    data = dapo.Questions([{"n": n} for n in range(7)], seed=1)
+    passes = [[data[7 * k + n]["n"] for n in range(7)] for k in range(3)]
+    assert all(sorted(order) == list(range(7)) for order in passes) and len({tuple(order) for order in passes}) == 3
+    assert dapo.Questions([{"n": n} for n in range(7)], seed=1)[15]["n"] == passes[2][1]
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_dapo_learns(seed, tmp_path):
+    """And details 3 and 10: before a rollout's first update every ratio is 1, at any temperature."""
+    run("dapo", "--seed", seed, "--steps", 14, "--eval-every", 0, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)
+    assert rows[0]["eval/accuracy"] <= 0.5 and rows[-1]["eval/accuracy"] >= 0.9
+    assert rows[-1]["eval/completion_length"] > rows[0]["eval/completion_length"] + 8
+    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-6
+    assert max(r["policy/ratio_max"] for r in rows[1:]) > 1.01  # later minibatches are off-policy: clipping has a use
+    generated, trained = rows[-1]["prompts/generated"], rows[-1]["prompts/trained"]
+    assert trained == 14 * 16 and generated == 32 * sum(r["prompts/rounds"] for r in rows[1:]) > trained
+
+
+def test_dapo_detail_3_temperature_divides_logits(tmp_path):
+    run("dapo", *SMALL, "--temperature", 0.6, "--output-dir", tmp_path)
+    row = metrics(tmp_path)[1]
+    assert row["policy/sampler_gap"] < 1e-6 and abs(row["policy/ratio_max"] - 1) < 1e-5
+
+
+def test_dapo_detail_13_metrics_are_of_all_that_was_generated(tmp_path):
+    run("dapo", *SMALL, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)[1:]
+    assert all(r["groups/all_correct"] + r["groups/all_wrong"] > 0 for r in rows)  # of the trained ones none is
+
+
+def test_dapo_detail_8_cut_completions_leave_the_loss_but_not_the_baseline(tmp_path, monkeypatch):
+    losses, real, seen = [], dapo.mean_over_step, []
+    monkeypatch.setattr(dapo, "mean_over_step", lambda *a: losses.append(a[1:]) or real(*a))
+    rewards = dapo.standardised_advantages
+    monkeypatch.setattr(dapo, "standardised_advantages", lambda r: seen.append(rewards(r)) or seen[-1])
+    small = {"steps": 1, "batch_size": 4, "minibatches": 1, "num_samples": 4, "eval_rows": 2, "eval_samples": 1}
+    budget = {"max_completion_tokens": 16, "overlong_cache": 0}
+    found = {}
+    for filtering in (False, True):
+        losses.clear()
+        dapo.main(dapo.Args(**small, **budget, overlong_filtering=filtering, output_dir=str(tmp_path / str(filtering))))
+        mask, _, sequences, tokens = losses[0]
+        assert sequences == mask.any(1).sum() and tokens == mask.sum()
+        found[filtering] = mask
+    cut = ~found[True].any(1)
+    assert 0 < cut.sum() < 16 and found[False].any(1).all()
+    assert (found[False][cut].sum(1) == 16).all()  # those that took the whole budget
+    torch.testing.assert_close(seen[0], seen[1])
+    assert seen[1].flatten()[cut].abs().sum() > 0
+
+
+def test_surplus_is_kept_or_dropped(tmp_path):
+    flags = [*SMALL, "--generation-batch-size", 24]
+    run("dapo", *flags, "--output-dir", tmp_path / "drop")
+    run("dapo", *flags, "--surplus", "keep", "--output-dir", tmp_path / "keep")
+    dropped, kept = (metrics(tmp_path / name) for name in ("drop", "keep"))
+    assert [r["prompts/generated"] for r in dropped[1:]] == [24, 48]
+    assert [r["prompts/generated"] for r in kept[1:]] == [24, 24]  # the first round's surplus is the second batch
+    assert [r["prompts/rounds"] for r in kept[1:]] == [1, 0] and "reward/mean" not in kept[2]
+    carried = json.loads((tmp_path / "keep/checkpoints/step-000002/state.json").read_text())["carried"]
+    assert carried["surplus"] and all(len(group[1]) == 4 for group in carried["surplus"])
+
+
+def test_all_five_changes_off_is_plain_grpo(tmp_path):
+    off = ["--clip-high", 0.2, "--no-dynamic-sampling", "--no-token-level-loss", "--overlong-cache", 0]
+    run("dapo", *SMALL, *off, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)[1:]
+    assert [r["prompts/generated"] for r in rows] == [r["prompts/trained"] for r in rows] == [4, 8]
+    assert all(r["reward/overlong"] == 0 for r in rows)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("answer,sentence,advice", [
+    ("nothing", "100% all wrong", "cannot solve these prompts"),
+    ("right", "100% of the groups were all right", "has learned these prompts"),
+])  # fmt: skip
+def test_a_batch_that_cannot_be_filled(answer, sentence, advice, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dapo, "is_correct", lambda text, gold: answer == "right")
+    small = {"batch_size": 2, "minibatches": 1, "num_samples": 2, "eval_rows": 2, "eval_samples": 1}
+    args = dapo.Args(**small, max_rounds=2, generation_batch_size=3, output_dir=str(tmp_path))
+    with pytest.raises(SystemExit) as exit:
+        dapo.main(args)
+    told = str(exit.value)
+    assert sentence in told and advice in told and "2 rounds of 3 prompts gave 0 groups" in told
+    assert "step-000000" in told and (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "checkpoints" / "step-000000" / "state.json").exists()
+
+
+def test_settings_of_dapo():
+    assert "siblings" in fails("dapo", "--num-samples", 1)
+    assert "--minibatches" in fails("dapo", "--batch-size", 4, "--minibatches", 3)
+    told = fails("dapo", "--overlong-cache", 64)
+    assert "--overlong-cache 64 must be below the budget" in told
+    assert "--dual-clip 0.5 must be above 1" in fails("dapo", "--dual-clip", 0.5)
+    assert "needs the columns prompt + answer" in fails("dapo", "--dataset", TINY / "corpus.jsonl")
