@@ -701,26 +701,17 @@ def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0
     return scores.mean(0) - (penalty * scores.var(0, correction=0) if how == "uwo" else 0)
 
 
-def load_reward_model(args, device, bfloat16: bool):
-    """What --reward-model names, as a function from (prompt messages, completion text) pairs to scores [B].
-
-    A sequence classifier with one label, whose own tokenizer and template render the texts. Of what reward_model.py
-    leaves in its config, `reward_mean` and `reward_std` normalise a score, and `reward_members` is the size of an
-    ensemble, whose scores --ensemble-score joins.
-    """
-    path, flag, trust = args.reward_model, "--reward-model", args.trust_remote_code
-    config = load_config(path, trust, flag)
+def load_scalar_models(path: str, flag: str, trust_remote_code: bool, device) -> tuple:
+    """Tokenizer, config and members of the sequence classifier with one label at `path`, which `flag` named."""
+    config = load_config(path, trust_remote_code, flag)
     if getattr(config, "num_labels", 0) != 1:
         sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
-    if getattr(config, "reward_kind", "outcome") != "outcome":
-        sys.exit(f"{flag} {path}: a process model, which scores single steps; take one trained with --kind outcome.")
-    tokenizer, context = load_tokenizer(path, trust, flag), config.get_text_config().max_position_embeddings
-    options = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True, "output_loading_info": True}
-    members = []
+    tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     for k in range(getattr(config, "reward_members", 1)):
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, subfolder=f"member_{k}" if k else "", **options
+                path, subfolder=f"member_{k}" if k else "", trust_remote_code=trust_remote_code, **options
             )
         except (OSError, ValueError) as error:
             sys.exit(f"{flag} {path}: member {k} of the reward model could not be loaded ({first_line(error)}).")
@@ -729,6 +720,20 @@ def load_reward_model(args, device, bfloat16: bool):
         if model._supports_attention_backend:
             model.set_attn_implementation("layout")
         members.append(model.to(device).eval().requires_grad_(False))
+    return tokenizer, config, members
+
+
+def load_reward_model(args, device, bfloat16: bool):
+    """What --reward-model names, as a function from (prompt messages, completion text) pairs to scores [B].
+
+    Its own tokenizer and template render the texts. Of what reward_model.py leaves in its config, `reward_mean` and
+    `reward_std` normalise a score; --ensemble-score joins those of the members of an ensemble.
+    """
+    path, flag = args.reward_model, "--reward-model"
+    tokenizer, config, members = load_scalar_models(path, flag, args.trust_remote_code, device)
+    if getattr(config, "reward_kind", "outcome") != "outcome":
+        sys.exit(f"{flag} {path}: a process model, which scores single steps; take one trained with --kind outcome.")
+    context = config.get_text_config().max_position_embeddings
 
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
         """Scores [B] of packed rows, or of one row at a time where the head is of another kind."""
@@ -1374,7 +1379,8 @@ class Run:
             if not stopped:
                 for name in self.baseline:
                     print(f"  {name:26} {self.baseline[name]:8.4g} → {self.last[name]:.4g}")
-                print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
+                if (self.folder / "model").exists():
+                    print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
             print(f"  next: {next_command}")
         if dist.is_initialized():
             time.sleep(0.5)  # Gloo's threads drop their last tensors, which aborts them once the interpreter is ending
@@ -1471,12 +1477,18 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
-    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
-        whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
-        part = path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= about["step"]))
-        part.replace(path)
+    if run.is_main:
+        drop_rows_after(run.folder / "metrics.jsonl", about["step"])
+        drop_rows_after(run.folder / "samples.jsonl", about["step"])
     return about["step"]
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
+    whole = path.read_text().split("\n")[:-1]
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+    part.replace(path)
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:

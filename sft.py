@@ -777,7 +777,8 @@ class Run:
             if not stopped:
                 for name in self.baseline:
                     print(f"  {name:26} {self.baseline[name]:8.4g} → {self.last[name]:.4g}")
-                print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
+                if (self.folder / "model").exists():
+                    print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
             print(f"  next: {next_command}")
         if dist.is_initialized():
             time.sleep(0.5)  # Gloo's threads drop their last tensors, which aborts them once the interpreter is ending
@@ -874,12 +875,18 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
-    for path in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl") if run.is_main else ():
-        whole = path.read_text().split("\n")[:-1]  # a kill may have torn the last line
-        part = path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= about["step"]))
-        part.replace(path)
+    if run.is_main:
+        drop_rows_after(run.folder / "metrics.jsonl", about["step"])
+        drop_rows_after(run.folder / "samples.jsonl", about["step"])
     return about["step"]
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
+    whole = path.read_text().split("\n")[:-1]
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+    part.replace(path)
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:

@@ -1,4 +1,4 @@
-"""The settings of one script side by side, same start, data and optimizer: `python tests/compare.py dpo` prints a table.
+"""The settings of one script side by side, all else the same: `python tests/compare.py dpo` prints a table.
 
 The table is markdown; each figure is a mean over the seeds of runs with defaults on the tiny model. `a → b → c` are the
 evaluations of a run from its start to its end.

@@ -1,0 +1,1815 @@
+"""RLVR for mathematics: reinforcement learning whose reward is a checker, the R1-Zero recipe.
+
+The policy writes G solutions to every question, a verifier compares each final answer with the right one, and what
+was right becomes more likely. Signal: correctness, decided exactly or by algebra. Optimizer: one dial of five, from
+plain REINFORCE over GRPO to likelihood on verified samples. Leash: the clip, and KL to the start if --beta asks for
+it. Defence against reward hacking: a verifier that takes no guess, no half answer and no unevaluated one.
+
+    r_i = answer_weight · [right] + format_weight · [well formed]                     over the G solutions of a question
+    reinforce          A_i = r_i                              L = −mean_i Σ_t A_i · log π(y_t)
+    rloo               A_i = r_i − mean_{j≠i} r_j             L = −mean_i min(ρ_i·A_i, clip(ρ_i)·A_i),  ρ_i = Π_t ρ_it
+    grpo               A_i = (r_i − mean(r)) / std(r)         L = −mean_i (1/T_i) Σ_t min(ρ_it·A_i, clip(ρ_it)·A_i)
+    dr_grpo            A_i = r_i − mean(r)                    L = −mean_i (1/T_max) Σ_t min(ρ_it·A_i, clip(ρ_it)·A_i)
+    expert_iteration   A_i = [right, new, under the cap]      L = −Σ_it A_i · log π(y_t) / Σ_i A_i·T_i
+
+Papers: DeepSeek-R1 (arXiv:2501.12948), Tulu 3 (arXiv:2411.15124), RLOO (arXiv:2402.14740), GRPO (arXiv:2402.03300),
+Dr. GRPO (arXiv:2503.20783), STaR (arXiv:2203.14465), RAFT (arXiv:2304.06767), s1 (arXiv:2501.19393).
+
+    python rlvr_math.py                                                              # laptop, embedded model, 1 minute
+    python rlvr_math.py --algorithm expert_iteration --save-verified                 # and data for sft.py
+    python rlvr_math.py --evaluate-only --eval-samples 16 --reranker runs/reward_model/latest/model
+    python rlvr_math.py --model Qwen/Qwen2.5-1.5B --template r1_zero --dataset openai/gsm8k --subset main \
+        --learning-rate 1e-6 --max-completion-tokens 1024 --batch-size 64            # one GPU, a base model
+    torchrun --nproc-per-node 8 rlvr_math.py --model Qwen/Qwen2.5-7B --template r1_zero --dataset openai/gsm8k …
+
+The verifier is there for others too: `from rlvr_math import grade; grade("so \\boxed{1/2}", "0.5")`.
+
+What to look at: `eval/accuracy` (pass@1, the mean over samples) with its interval, and `eval/completion_length`: both
+rise together where thinking pays. `eval/maj@8` lies above `eval/accuracy` while the policy is unsure, and meets it as
+`policy/entropy` falls; `eval/pass@8` that stands still while accuracy rises says that the policy learns to choose among
+what it could do already. `answers/none` (no answer stated) should fall to 0, `answers/timeout` be 0 always. Losses say
+little: those with a ratio are near 0, whatever the gradient is.
+
+Implementation details that matter, each marked in the code under its number:
+ 1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.
+ 2. Token ids and old log-probabilities are the sampler's own; nothing sampled is decoded and tokenised again.
+ 3. Logits are divided by the sampling temperature in every forward, of the policy and of the reference.
+ 4. The stop token is an action; masks come from lengths; a completion that was cut has no stop token.
+ 5. The answer is what is stated last, behind the reasoning; a number that merely stands in the text never counts.
+ 6. A gold number is met by a number alone: `47*8` for 376 would be a perfect score for copying the question.
+ 7. Algebra runs in processes of its own, with limits on time and memory, that are killed past them and replaced.
+ 8. A gold answer that cannot be read is reported and excluded, never counted as wrong.
+ 9. The G completions of a prompt share its forward and backward.
+10. All randomness is a function of seed and step, so a resumed run repeats the uninterrupted one bit for bit.
+11. Losses are divided by counts of the whole optimizer step, so microbatch size and processes change nothing.
+12. The ratio of rloo is that of the whole completion, clipped once.
+13. The format reward is all or nothing, and knows whether the template has opened the reasoning already.
+14. Expert iteration drops copies, caps what it keeps of a question, and counts only the tokens it keeps.
+15. pass@k is the unbiased estimator; in a vote an absent answer is no vote, and of equals the one found first wins.
+16. Forced tokens are for evaluation only: they were not chosen by the policy and are never trained on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import bisect
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from jinja2.exceptions import TemplateError
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from common.generation import Completion, Sampler
+from common.kl import hidden_states, kl_estimate, local_token_logprobs, token_logprobs
+from common.tokenizer import (
+    Segment,
+    as_messages,
+    encode_prompt,
+    encode_text,
+    load_tokenizer,
+    pack,
+    pack_completions,
+    pad_rows,
+    render_chat,
+    split_by_tokens,
+    stop_token_ids,
+)
+
+TINY = Path(__file__).resolve().parent / "common" / "tiny"
+
+
+# The template of DeepSeek-R1-Zero, for base models: the answer goes on from an opened <think>.
+R1_ZERO_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}{% else %}"
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+    "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+    "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+    "User: {{ message.content }}\nAssistant: <think>{% endif %}{% endfor %}"
+)
+
+
+@dataclass
+class Args:
+    # model and data
+    model: str = str(TINY)
+    """folder or Hub name of a causal language model"""
+    dataset: str = str(TINY / "maths_train.jsonl")
+    """file, folder or Hub name; rows hold prompt, question or problem, and the answer or a solution with \\boxed{}"""
+    subset: str | None = None
+    """configuration of a Hub data set, such as `main` of openai/gsm8k"""
+    split: str = "train"
+    """split of a Hub data set"""
+    eval_dataset: str | None = None
+    """held-out rows; by default the embedded data's own, or else rows held out of --dataset; with --evaluate-only all
+    of --dataset"""
+    template: Literal["chat", "r1_zero"] = "chat"
+    """how a question becomes a prompt: the model's chat template, or for base models that of R1-Zero"""
+    instruction: str = ""
+    """put behind every question, such as " Put your final answer within \\boxed{}.", for models that need to be told"""
+    max_prompt_tokens: int = 512
+    """rows with a longer prompt are dropped"""
+    max_completion_tokens: int = 64
+    """budget of a completion; 64 suits the embedded model, 1024 and more a real one"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+    # rewards and their verifier
+    answer_weight: float = 1.0
+    """of `answer`: 1 where the verifier finds the final answer right"""
+    format_weight: float = 0.0
+    """of `format`: 1 where there is exactly one answer in its tags, at the end, behind closed reasoning"""
+    grading_workers: int = 2
+    """processes of the verifier; they are started when an answer first needs algebra"""
+    grading_seconds: float = 3.0
+    """after so long a comparison is given up, and the answer is wrong"""
+
+    # algorithm
+    algorithm: Literal["reinforce", "rloo", "grpo", "dr_grpo", "expert_iteration"] = "grpo"
+    """the advantage and its loss, as in the table above"""
+    num_samples: int = 8
+    """completions per prompt (G)"""
+    temperature: float = 1.0
+    """of sampling, and of every log-probability in training"""
+    clip_low: float = 0.2
+    """ratios are clipped below 1 − clip_low"""
+    clip_high: float = 0.2
+    """and above 1 + clip_high"""
+    beta: float = 0.0
+    """weight of the KL to the starting model in the loss (k3); R1 took 0.001; 0 loads no reference"""
+    update_epochs: int = 1
+    """passes over each rollout"""
+    minibatches: int = 1
+    """optimizer steps per pass; more than one, or more passes, make clipping matter"""
+    keep_per_question: int = 4
+    """expert_iteration: right completions of a question that are trained on; --save-verified: that are written"""
+    save_verified: bool = False
+    """write right completions, no two alike, to verified.jsonl in the run's folder, as data for sft.py"""
+
+    # optimisation
+    steps: int = 60
+    """rollouts; each brings update_epochs × minibatches optimizer steps"""
+    batch_size: int = 16
+    """prompts per rollout over all processes"""
+    microbatch_tokens: int = 4096
+    """tokens per forward and backward: a memory knob that does not change the result"""
+    learning_rate: float = 3e-4
+    """peak; 3e-4 suits the embedded model, 1e-6 a pretrained one"""
+    warmup_steps: int = 5
+    """rollouts of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate decays to zero after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the matrix products; auto is bfloat16 on CUDA and float32 on a CPU; weights are float32"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    seed: int = 1
+
+    # evaluation and test-time compute
+    evaluate_only: bool = False
+    """train nothing: measure --model, write evaluation.json and every completion"""
+    eval_every: int = 15
+    """steps between evaluations; 0 evaluates before and after only"""
+    eval_rows: int = 192
+    """held-out questions used"""
+    eval_samples: int = 8
+    """completions sampled per question in evaluation (n of pass@k and maj@k)"""
+    reranker: str | None = None
+    """output of reward_model.py, outcome or process: best-of-k and votes weighted by its scores"""
+    max_think_tokens: int = 0
+    """evaluation: reasoning is cut after so many tokens and --answer-cue forced; 0 leaves it alone"""
+    extend_thinking: int = 0
+    """evaluation: so many times the end of the reasoning is replaced by --wait-cue, and it goes on"""
+    answer_cue: str = "</think><answer>"
+    """what --max-think-tokens puts where it cuts"""
+    wait_cue: str = "Wait"
+    """what --extend-thinking puts in place of </think>; s1's word, a comma for the embedded model"""
+
+    # output
+    output_dir: str | None = None
+    """default: runs/rlvr_math/<date>_<time>"""
+    overwrite: bool = False
+    """replace the run that --output-dir holds"""
+    resume: str | None = None
+    """continue the run in this folder with its own arguments; only its steps and logging may be changed"""
+    save_every: int = 0
+    """steps between checkpoints; 0 writes one at the end only"""
+    log_samples: int = 3
+    """completions shown per evaluation"""
+    wandb_project: str | None = None
+    """also log to Weights & Biases"""
+
+
+# ---------------------------------------------------------------------------------------------- the verifier
+
+MAX_ANSWER = 400  # characters; whatever is longer is no final answer
+NUMBER = re.compile(
+    r"(?P<sign>[-+]?) ?(?P<currency>[$€£]?) ?(?P<inner>[-+]?) ?(?=\.?\d)"  # -$5 and $-5
+    r"(?:(?:(?P<mixed>\d+) )?(?P<ratio>\d+ ?/ ?\d+)|(?P<plain>(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?))"
+    r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|hrs?|mph)(?![a-z])| [a-z]{2,}(?: [a-z]+){0,3})?",
+    re.IGNORECASE,
+)
+NO_UNITS = set("or and to more less fewer than times plus minus over divided by of out not if but pi sqrt log".split())
+UNIT_NAMES = {"$": "dollar", "%": "percent", "€": "euro", "£": "pound"}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "k": 1_000, "million": 10**6, "billion": 10**9}
+SPELLINGS = [  # of the same thing, one for all
+    (re.compile(r"\\(?:left|right|displaystyle|\(|\)|\[|\])|^\*\*|\*\*$"), ""),
+    (re.compile(r"\{,\}|,\\!|\\[,!](?=\d{3}(?!\d))"), ","),  # in front of thousands
+    (re.compile(r"\\[,!;:]"), " "),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\sqrt\s*(\d)(?!\d)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\^\{?\\circ\}?|°|\\degree"), " degrees"),
+    (re.compile("[−–]"), "-"),
+    (re.compile(r"\\ |~|\s+"), " "),
+    (re.compile(r"^\s*[a-zA-Z](?:_\w)?\s*=\s*(?=[^=]*$)"), ""),  # x = 5
+]
+STATED = re.compile(
+    r"\W*(?:a|(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?answer)\W*(?::| is\b:?)\W*?([-+$€£\\.\w].*)", re.I
+)
+
+
+class Grade(NamedTuple):
+    """Whether a completion's answer is right (None where the gold answer cannot be read), what it says, and how that
+    was decided: exact, symbolic, or why there was nothing to decide."""
+
+    correct: bool | None
+    answer: str | None
+    how: str
+
+
+def final_answer(completion: str) -> str | None:
+    """The answer that a completion states last: in \\boxed{}, after ####, in <answer> tags, or on a last line such as
+    `A: 18` or `The answer is 18.` Reasoning in <think> does not count, an unbalanced \\boxed{ is no answer, and a
+    number that merely stands in the text never is."""
+    text = completion.rpartition("</think>")[2].partition("<think>")[0]  # detail 5
+    found = [(-1, None)]
+    end = text.rfind("</answer>")
+    if end >= 0 and (start := text.rfind("<answer>", 0, end)) >= 0:
+        found.append((start, text[start + len("<answer>") : end]))
+    if (start := text.rfind("\\boxed{")) >= 0:
+        found.append((start, braced(text, start + len("\\boxed"))))
+    if (start := text.rfind("####")) >= 0:
+        found.append((start, text[start + 4 :].partition("\n")[0]))
+    start = text.rstrip().rfind("\n") + 1
+    if len(text) - start < MAX_ANSWER and (stated := STATED.match(text[start:].strip())):
+        found.append((start, stated[1]))
+    answer = (max(found, key=lambda place: place[0])[1] or "").strip()
+    return answer or None
+
+
+def braced(text: str, opening: int) -> str | None:
+    """What stands between the brace at `opening` and the one that closes it, or None where none does so soon."""
+    depth = 0
+    for place in range(opening, min(len(text), opening + MAX_ANSWER + 2)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[opening + 1 : place]
+    return None
+
+
+def gold_answer(text: str) -> str:
+    """The answer in a row's `answer` or `solution`: after ####, in \\boxed{}, or the whole text."""
+    return (final_answer(text) or "") if "####" in text or "\\boxed{" in text else text.strip()
+
+
+def normal_form(answer: str) -> str:
+    """An answer without what its meaning does not depend on: delimiters, spacing and other spellings of LaTeX."""
+    answer = answer.strip().rstrip(".")
+    while len(answer) > 2 and answer[0] == answer[-1] == "$":
+        answer = answer[1:-1]
+    for pattern, spelling in SPELLINGS:
+        answer = pattern.sub(spelling, answer)
+    return answer.strip().rstrip(".").strip()
+
+
+def quantity(answer: str) -> tuple[Fraction, str] | None:
+    """A plain number with its unit, if that is all there is: -$1,234.50, 3 1/2 miles, \\frac{1}{2}, 2 million, 50%."""
+    match = NUMBER.fullmatch(re.sub(r" ?\\frac\{(\d+)\}\{(\d+)\}", r" \1/\2", answer).strip())
+    if match is None:
+        return None
+    part = match.groupdict()
+    words = (part["unit"] or "").lower().split()
+    if NO_UNITS.intersection(words):
+        return None
+    try:
+        value = Fraction((part["plain"] or "0").replace(",", "").rstrip(".")) + int(part["mixed"] or 0)
+        value += Fraction((part["ratio"] or "0").replace(" ", ""))
+    except ZeroDivisionError:
+        return None
+    if (part["sign"] == "-") != (part["inner"] == "-"):
+        value = -value
+    if words and words[0] in SCALES:
+        value *= SCALES[words.pop(0)]
+    unit = " ".join(UNIT_NAMES.get(word, word.rstrip("s")) for word in words)
+    return value, unit or UNIT_NAMES.get(part["currency"], "")
+
+
+def compare_exactly(gold: str, answer: str) -> bool | None:
+    """Whether two answers in normal form are equal, as far as that can be said without algebra; None where it cannot.
+
+    A gold number is met by a number alone: of an answer that still has to be worked out, `47*8`, nothing has been
+    shown. Units must agree where both have one.
+    """
+    if tight(gold) == tight(answer):
+        return True
+    ours, theirs = quantity(gold), quantity(answer)
+    if ours:  # detail 6
+        return bool(theirs) and ours[0] == theirs[0] and (ours[1] == theirs[1] or not (ours[1] and theirs[1]))
+    if is_word(gold):
+        return False
+    if "\\boxed" in answer or braced(f"{{{answer}}}", 0) != answer:  # several answers, of which one would be picked
+        return False
+    if ("=" in answer and "=" not in gold) or re.search(r"\d \d", answer):  # 13 = 12; 1 2, which parsers add up
+        return False
+    return None
+
+
+def tight(answer: str) -> str:
+    """Without case, and without spaces but between digits, where they tell numbers apart."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", answer.lower())
+
+
+def is_word(answer: str) -> bool:
+    """Whether an answer is plain words. To algebra they would be products of their letters, and anagrams equal."""
+    return re.fullmatch(r"[^\W\d_]{3,}(?: [^\W\d_]+)*", answer) is not None
+
+
+def symbolic_worker() -> None:
+    """Compares answers by algebra: reads [gold, answer or null] as JSON lines, writes a verdict for each.
+
+    It runs alone, from its source, in an interpreter that holds no model and may be killed at any time, so what it
+    needs it imports itself. math-verify's own time limits are alarms, which do not stop sympy's C code: they are off.
+    """
+    import json
+    import logging
+    import os
+    import resource
+    import sys
+
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable(logging.CRITICAL)
+    seconds, memory = int(sys.argv[1]), int(sys.argv[2])
+
+    def limit(what: int, value: int) -> None:
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+    limit(resource.RLIMIT_AS, memory)
+    verdicts = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else is printed is no verdict
+    # LaTeX alone, no guessing, no mending: a reward must not depend on how far a broken formula can be repaired.
+    rules = NormalizationConfig(basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all")
+    options = {"try_extract_without_anchor": False, "boxed_match_priority": 0}
+    latex = [LatexExtractionConfig(**options, normalization_config=rules)]
+
+    def read(answer: str) -> list:
+        return parse(f"\\boxed{{{answer}}}", latex, "no_fallback", "first_match", parsing_timeout=None)
+
+    print("ready", file=verdicts)
+    for line in sys.stdin:
+        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        limit(resource.RLIMIT_CPU, used + seconds + 2)  # ends it even where nobody is left to kill it
+        gold, answer = json.loads(line)
+        known = read(gold)
+        is_equal = bool(known) and answer is not None and verify(known, read(answer), timeout_seconds=None)
+        print("unreadable gold" if not known else "equal" if is_equal else "different", file=verdicts)
+
+
+class Verifier:
+    """Grades completions: exactly where numbers allow it, by algebra in `workers` processes where they do not.
+
+    A comparison that takes longer than `seconds` costs its worker's life and nobody else's time. Threads may share a
+    verifier.
+    """
+
+    def __init__(self, workers: int = 2, seconds: float = 3.0, memory_gb: float = 2.0):
+        self.count, self.seconds, self.memory = workers, seconds, int(memory_gb * 1e9)
+        self.workers: list[_Worker] = []
+        self.known: dict[tuple[str, str | None], str] = {}  # verdicts of algebra: samples of a question repeat answers
+        self.lock = threading.Lock()
+
+    def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:
+        """Grades of (completion, gold answer) pairs; a gold answer may be a whole solution (see `gold_answer`)."""
+        read = [(final_answer(text), normal_form(gold_answer(gold)[: MAX_ANSWER + 1])) for text, gold in pairs]
+        short = [answer if answer and len(answer) <= MAX_ANSWER else None for answer, _ in read]
+        verdicts = self.compare([(gold, answer) for answer, (_, gold) in zip(short, read)])
+        grades = []
+        for (answer, _), kept, verdict in zip(read, short, verdicts):
+            if verdict == "unreadable gold":
+                grades.append(Grade(None, answer, verdict))
+            elif kept is None:
+                grades.append(Grade(False, answer and answer[:MAX_ANSWER], "too long" if answer else "no answer"))
+            elif verdict in ("timeout", "crash"):
+                grades.append(Grade(False, answer, verdict))
+            else:
+                grades.append(Grade(verdict.startswith("equal"), answer, verdict.partition(", ")[2]))
+        return grades
+
+    def compare(self, pairs: list[tuple[str, str | None]]) -> list[str]:
+        """Verdicts on (gold in normal form, answer or None) pairs: "equal" or "different" followed by how that was
+        found, "unreadable gold", "timeout" or "crash"."""
+        verdicts = []
+        with self.lock:
+            if len(self.known) > 100_000:
+                self.known.clear()
+            for gold, answer in pairs:
+                answer = None if answer is None else normal_form(answer)
+                if not gold or len(gold) > MAX_ANSWER:
+                    verdicts.append("unreadable gold")
+                elif answer is None and (quantity(gold) or is_word(gold)):
+                    verdicts.append("different, exact")
+                elif answer is not None and (equal := compare_exactly(gold, answer)) is not None:
+                    verdicts.append("equal, exact" if equal else "different, exact")
+                else:
+                    verdicts.append((gold, answer))
+            fresh = [key for key in dict.fromkeys(verdicts) if isinstance(key, tuple) and key not in self.known]
+            self.known.update(zip(fresh, self._algebra(fresh)))
+            return [self.known[verdict] if isinstance(verdict, tuple) else verdict for verdict in verdicts]
+
+    def _algebra(self, pairs: list[tuple[str, str | None]]) -> list[str]:
+        """Verdicts of the workers, each on the pairs it comes to."""
+        verdicts, waiting, deaths = ["crash"] * len(pairs), deque(range(len(pairs))), 0
+        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:  # died while idle
+            worker.end()
+            self.workers.remove(worker)
+        while waiting or any(worker.job is not None for worker in self.workers):
+            while len(self.workers) < min(self.count, len(waiting)):
+                self.workers.append(_Worker(self.seconds, self.memory))
+            for worker in self.workers:
+                if worker.is_ready and worker.job is None and waiting:
+                    worker.take(waiting.popleft(), pairs)
+            now = time.monotonic()
+            soonest = min(worker.deadline for worker in self.workers) - now
+            readable = select.select([worker.process.stdout for worker in self.workers], [], [], max(0.0, soonest))[0]
+            for worker in list(self.workers):
+                line = worker.process.stdout.readline() if worker.process.stdout in readable else None
+                if line and not worker.is_ready:
+                    worker.is_ready, worker.deadline, deaths = True, math.inf, 0
+                elif line:
+                    verdicts[worker.job] = line.strip() + ("" if line.startswith("unreadable") else ", symbolic")
+                    worker.job, worker.deadline = None, math.inf
+                elif line == "" or time.monotonic() >= worker.deadline:  # detail 7: dead, or over its time
+                    if worker.job is not None:
+                        verdicts[worker.job] = "crash" if line == "" else "timeout"
+                    else:
+                        deaths += 1
+                    told = worker.end()
+                    self.workers.remove(worker)
+                    if deaths > 2:
+                        sys.exit(
+                            f"The verifier's worker processes die before they are ready ({told or 'no message'}). See "
+                            f'whether `{sys.executable} -c "import math_verify"` works and memory is left.'
+                        )
+        return verdicts
+
+    def close(self) -> None:
+        """End the workers; they are started again when they are needed."""
+        for worker in self.workers:
+            worker.end()
+        self.workers.clear()
+
+
+class _Worker:
+    """A process that runs `symbolic_worker`, and the number of the pair it is at."""
+
+    def __init__(self, seconds: float, memory: int):
+        source = inspect.getsource(symbolic_worker) + "\nsymbolic_worker()\n"
+        command = [sys.executable, "-c", source, str(math.ceil(seconds)), str(memory)]
+        self.errors, self.seconds = tempfile.TemporaryFile("w+"), seconds
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for it
+        self.is_ready, self.job, self.deadline = False, None, time.monotonic() + 120
+
+    def take(self, number: int, pairs: list) -> None:
+        self.job, self.deadline = number, time.monotonic() + self.seconds
+        try:
+            self.process.stdin.write(json.dumps(pairs[number]) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead, which reading from it will tell
+
+    def end(self) -> str:
+        """Kill it; returns the last line it complained with."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self.errors.seek(0)
+        told = self.errors.read().strip().splitlines()
+        self.errors.close()
+        return told[-1] if told else ""
+
+
+VERIFIER = Verifier()
+atexit.register(VERIFIER.close)
+
+
+def grade(completion: str, gold: str) -> Grade:
+    """Whether the final answer of a completion is right. gold: the answer, or a solution that states it."""
+    return VERIFIER.grade([(completion, gold)])[0]
+
+
+# ---------------------------------------------------------------------------------------------- rewards: edit here
+
+
+def answer_reward(grade: Grade, text: str) -> float:
+    """1 where the verifier found the answer right. There is no part of it for an answer that is nearly right."""
+    return float(grade.correct is True)
+
+
+def format_reward(grade: Grade, text: str) -> float:
+    """1 where the text, opened <think> of the template included, is reasoning in its tags, if any, and then one answer
+    in its tags at the very end. Half of it is worth nothing, so there is nothing to farm but the whole."""
+    counts = [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
+    if counts not in ([0, 0, 1, 1], [1, 1, 1, 1]) or not text.rstrip().endswith("</answer>"):  # detail 13
+        return 0.0
+    reasoning, _, rest = text.rpartition("</think>")
+    inside = rest.partition("<answer>")[2].rpartition("</answer>")[0]
+    opened = not counts[0] or reasoning.lstrip().startswith("<think>")
+    return float(opened and bool(inside.strip()))
+
+
+REWARDS = {"answer": answer_reward, "format": format_reward}
+
+# ---------------------------------------------------------------------------------------------- advantages: the dial
+
+
+def raw_reward(rewards: torch.Tensor) -> torch.Tensor:
+    """REINFORCE without a baseline, and likelihood where the reward is 1 or 0. All of these: [P, G] to [P, G]."""
+    return rewards
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """RLOO: the baseline of a completion is the mean of the others, so the gradient stays unbiased."""
+    return centred(rewards) * rewards.shape[1] / (rewards.shape[1] - 1)
+
+
+def standardised(rewards: torch.Tensor) -> torch.Tensor:
+    """GRPO: mean and unbiased std of the group."""
+    return centred(rewards) / (rewards.std(1, keepdim=True) + 1e-6)
+
+
+def centred(rewards: torch.Tensor) -> torch.Tensor:
+    """Dr. GRPO: the mean alone, so that a hard question weighs no more than an even one."""
+    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return (rewards - rewards.mean(1, keepdim=True)).masked_fill(all_equal, 0.0)  # detail 1
+
+
+def verified(groups: list[list[Completion]], right: torch.Tensor, cap: int) -> torch.Tensor:
+    """Expert iteration's reward [P, G]: 1 for a right completion that is no copy, up to `cap` of a question."""
+    kept = torch.zeros_like(right)
+    for p, group in enumerate(groups):
+        new = {tuple(c.ids): g for g, c in reversed(list(enumerate(group))) if right[p, g]}  # the first of its copies
+        kept[p, sorted(new.values())[:cap]] = 1.0  # detail 14
+    return kept
+
+
+class Algorithm(NamedTuple):
+    """What an advantage is made of, where the ratio to the sampling policy is taken, and what losses are divided by."""
+
+    advantage: Callable[[torch.Tensor], torch.Tensor]
+    ratio: Literal["none", "token", "sequence"]
+    mean_over: Literal["completions", "tokens then completions", "a fixed length", "tokens"]
+
+
+ALGORITHMS = {
+    "reinforce": Algorithm(raw_reward, "none", "completions"),
+    "rloo": Algorithm(leave_one_out, "sequence", "completions"),
+    "grpo": Algorithm(standardised, "token", "tokens then completions"),
+    "dr_grpo": Algorithm(centred, "token", "a fixed length"),
+    "expert_iteration": Algorithm(raw_reward, "none", "tokens"),
+}
+
+
+def token_losses(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    ratio: str,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and ratios [B, T]. logprobs, old_logprobs, mask [B, T], advantages [B, 1].
+
+    none: −A·log π; token: the clipped surrogate of every token; sequence: that of the whole completion, spread evenly
+    over its tokens.
+    """
+    log_ratio = (logprobs - old_logprobs) * mask
+    if ratio == "none":
+        return -advantages * logprobs, log_ratio.detach().exp()
+    if ratio == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(mask)  # detail 12
+    rho = log_ratio.exp()
+    gain = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if ratio == "sequence":
+        gain = gain / mask.sum(1, keepdim=True).clamp(min=1)
+    return -gain, rho.detach()
+
+
+def mean_loss(
+    losses: torch.Tensor, mask: torch.Tensor, mean_over: str, sequences: float, tokens: float, max_tokens: int
+) -> torch.Tensor:
+    """One number from token losses [B, T]; `sequences` and `tokens` count the whole optimizer step.  # detail 11
+
+    completions: Σ_i Σ_t / N; tokens then completions: (1/N) Σ_i (1/T_i) Σ_t; a fixed length: Σ_i Σ_t / (N·max_tokens);
+    tokens: Σ_i Σ_t / Σ_i T_i.
+    """
+    if mean_over == "tokens then completions":
+        return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
+    counts = {"completions": sequences, "a fixed length": sequences * max_tokens, "tokens": max(tokens, 1)}
+    return (losses * mask).sum() / counts[mean_over]
+
+
+# ---------------------------------------------------------------------------------------------- test-time compute
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Probability that k of n samples, drawn without replacement, hold one of the `right` ones (Codex's estimator)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)  # detail 15
+
+
+def vote(answers: list, weights: list[float]) -> int | None:
+    """The place of an answer with the largest sum of weights, the one found first among equals; None counts for
+    nothing, and is what comes out if there is nothing else."""
+    totals: dict = {}
+    for answer, weight in zip(answers, weights):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + weight
+    return answers.index(max(totals, key=totals.get)) if totals else None  # max takes the first of equals
+
+
+def best(answers: list, scores: list[float]) -> int | None:
+    """The place of the answer with the highest score, an absent answer never being the best."""
+    places = [i for i, answer in enumerate(answers) if answer is not None]
+    return max(places, key=lambda i: scores[i]) if places else None
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """The most that choosing the best of n samples can move the distribution: log n − (n−1)/n nats. Exact only where no
+    two scores tie (arXiv:2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+class Attempt(NamedTuple):
+    """One evaluated completion. `cluster` numbers the different answers to its question, 0 is the right one, None no
+    answer; `score` is the reranker's, between 0 and 1."""
+
+    text: str
+    answer: str | None
+    cluster: int | None
+    length: int
+    stopped: bool
+    score: float = 0.0
+
+
+def scaling(attempts: list[list[Attempt]], ks: list[int], reranked: bool, seed: int) -> dict[str, float]:
+    """Accuracy against the number of samples k: pass@k, maj@k, and with a reranker best@k and weighted@k.
+
+    attempts: n of every question. Votes are averaged over random subsets of size k.
+    """
+    draws = 32
+    order = random.Random(seed)
+    sums: Counter = Counter()
+    for group in attempts:
+        right = [attempt.cluster == 0 for attempt in group]
+        for k in ks:
+            sums[f"pass@{k}"] += pass_at_k(len(group), sum(right), k)
+            for _ in range(draws):
+                chosen = order.sample(group, k)
+                answers, scores = [a.cluster for a in chosen], [a.score for a in chosen]
+                elected = {"maj": vote(answers, [1.0] * k)}
+                if reranked:
+                    elected |= {"best": best(answers, scores), "weighted": vote(answers, scores)}
+                for name, place in elected.items():
+                    sums[f"{name}@{k}"] += (place is not None and answers[place] == 0) / draws
+    return {name: total / len(attempts) for name, total in sums.items()}
+
+
+def bootstrap_interval(values: list[float], seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean over questions, which are drawn anew with replacement."""
+    values = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def force_budget(sampler, tokenizer, questions, groups, args: Args, indices: list[int], temperature: float):
+    """Completions [P][n] whose reasoning is cut at --max-think-tokens, and then extended --extend-thinking times.
+
+    Returns new ones; their log-probabilities are all 0, for nothing is ever trained on them.
+    """
+    limit, n = args.max_completion_tokens, len(groups[0])  # detail 16
+    rows = [[list(c.ids), c.stopped] for group in groups for c in group]
+
+    def has_ended(ids: list[int]) -> bool:
+        return "</think>" in tokenizer.decode(ids)
+
+    def go_on(changed: list[int], round_: int) -> None:
+        """Continue these rows by sampling, as far as the budget goes."""
+        changed = [i for i in changed if len(rows[i][0]) < limit]
+        prompts = [questions[i // n]["ids"] + rows[i][0] for i in changed]
+        budgets = [limit - len(rows[i][0]) for i in changed]
+        numbers = [indices[i // n] * n + i % n for i in changed]
+        sampling = {"temperature": temperature, "seed": args.seed + 7919 * round_, "indices": numbers}
+        for i, (more,) in zip(changed, sampler.generate(prompts, budgets, **sampling)):
+            rows[i] = [rows[i][0] + more.ids, more.stopped]
+
+    if args.max_think_tokens:
+        unfinished = [i for i, (ids, stopped) in enumerate(rows) if not stopped]
+        for i in unfinished:
+            if not has_ended(rows[i][0]):
+                rows[i][0] += encode_text(tokenizer, args.answer_cue, by_assistant=True)
+        go_on(unfinished, 1)
+    for round_ in range(args.extend_thinking):
+        ended = [i for i, (ids, _) in enumerate(rows) if has_ended(ids)]
+        for i in ended:
+            thoughts = before_the_end_of_thinking(tokenizer, rows[i][0])
+            rows[i] = [thoughts + encode_text(tokenizer, args.wait_cue, by_assistant=True), False]
+        go_on(ended, 2 + round_)
+    made = [Completion(ids[:limit], [0.0] * len(ids[:limit]), stopped and len(ids) <= limit) for ids, stopped in rows]
+    return [made[i : i + n] for i in range(0, len(made), n)]
+
+
+def before_the_end_of_thinking(tokenizer, ids: list[int]) -> list[int]:
+    """The ids before </think>, which may be spread over several: the text grows with the ids, so halving finds them."""
+
+    def text(count: int) -> str:
+        return tokenizer.decode(ids[:count])
+
+    counts = range(len(ids) + 1)
+    closed = bisect.bisect_left(counts, True, key=lambda count: "</think>" in text(count))
+    length = text(closed).index("</think>")
+    return ids[: bisect.bisect_right(counts[: closed + 1], length, key=lambda count: len(text(count))) - 1]
+
+
+def load_reranker(args: Args, device, bfloat16: bool):
+    """What --reranker names, as a function from (prompt, completion text) pairs to scores between 0 and 1.
+
+    Of an outcome model the sigmoid of the score; of a process model the product (or minimum) of the probabilities that
+    its steps are right, the reasoning being cut into steps at the separator that it was trained with.
+    """
+    path, flag = args.reranker, "--reranker"
+    tokenizer, config, members = load_scalar_models(path, flag, args.trust_remote_code, device)
+    is_process = getattr(config, "reward_kind", "outcome") == "process"
+    if any(not isinstance(getattr(model, "score", None), torch.nn.Linear) for model in members):
+        sys.exit(f"{flag} {path}: has no linear head named `score`, as what reward_model.py makes has.")
+    context = config.get_text_config().max_position_embeddings
+
+    def encode(prompt, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the places where scores are read."""
+        if not is_process:
+            ids = render_chat(tokenizer, [*as_messages(prompt, "user"), {"role": "assistant", "content": text}]).ids
+            return ids[-context:], [len(ids[-context:]) - 1]
+        ids, ends = encode_prompt(tokenizer, prompt), []
+        reasoning = text.rpartition("</think>")[0] or text
+        for step in filter(str.strip, reasoning.split(config.reward_separator)):
+            step_ids = encode_text(tokenizer, step, by_assistant=True) + encode_text(tokenizer, config.reward_separator)
+            if len(ids) + len(step_ids) > context:
+                break
+            ids += step_ids
+            ends.append(len(ids) - 1)
+        return ids, ends or [len(ids) - 1]
+
+    @torch.no_grad()
+    def scores_of(model, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+        """Normalised scores of each row at its places."""
+        found = []
+        for part in split_by_tokens([ids for ids, _ in rows], args.microbatch_tokens):
+            starts = torch.tensor([0] + [len(rows[i][0]) for i in part]).cumsum(0).tolist()
+            packed = pack([Segment(rows[i][0], [False] * len(rows[i][0])) for i in part]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                hidden = hidden_states(model, packed)
+            places = [start + end for start, i in zip(starts, part) for end in rows[i][1]]
+            with torch.autocast(device.type, enabled=False):
+                scores = model.score(hidden[places].float())[:, 0].cpu()
+            scores = (scores - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0)
+            found += scores.split([len(rows[i][1]) for i in part])
+        return found
+
+    def reranker(pairs: list[tuple]) -> list[float]:
+        rows = [encode(prompt, text) for prompt, text in pairs]
+        members_scores = zip(*(scores_of(model, rows) for model in members))
+        values = [torch.stack(scores).mean(0).sigmoid() for scores in members_scores]
+        use_minimum = is_process and config.reward_aggregation == "min"
+        return [float(value.amin() if use_minimum else value.prod()) for value in values]
+
+    return reranker
+
+
+# ---------------------------------------------------------------------------------------------- data and scoring
+
+
+def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
+    """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
+    refuses are dropped and counted."""
+    questions, refused = [], 0
+    for row in rows:
+        prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
+        try:
+            ids = encode_prompt(tokenizer, prompt, row.get("tools"))
+        except (TemplateError, ValueError):  # the latter for an empty list of messages
+            refused += 1
+            continue
+        if 0 < len(ids) <= max_tokens:
+            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
+    if refused:
+        print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
+    if long := len(rows) - refused - len(questions):
+        print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
+    if rows and not questions:
+        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
+        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
+    return questions
+
+
+def load_scalar_models(path: str, flag: str, trust_remote_code: bool, device) -> tuple:
+    """Tokenizer, config and members of the sequence classifier with one label at `path`, which `flag` named."""
+    config = load_config(path, trust_remote_code, flag)
+    if getattr(config, "num_labels", 0) != 1:
+        sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
+    tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    for k in range(getattr(config, "reward_members", 1)):
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, subfolder=f"member_{k}" if k else "", trust_remote_code=trust_remote_code, **options
+            )
+        except (OSError, ValueError) as error:
+            sys.exit(f"{flag} {path}: member {k} of the reward model could not be loaded ({first_line(error)}).")
+        if info["missing_keys"]:
+            sys.exit(f"{flag} {path}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
+        if model._supports_attention_backend:
+            model.set_attn_implementation("layout")
+        members.append(model.to(device).eval().requires_grad_(False))
+    return tokenizer, config, members
+
+
+def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier) -> list[dict]:
+    """Rows of any of the formats as prompt and answer; those whose gold answer cannot be read are left out."""
+    golds = [normal_form(gold_answer(row.get("answer") or row.get("solution")))[: MAX_ANSWER + 1] for row in rows]
+    verdicts = verifier.compare([(gold, None) for gold in golds])
+    read = []
+    for row, gold, verdict in zip(rows, golds, verdicts):
+        if not verdict.startswith("different"):  # detail 8
+            continue
+        prompt = next(row[name] for name in ("prompt", "question", "problem") if row.get(name) is not None)
+        if instruction:
+            *before, last = as_messages(prompt, "user")
+            prompt = [*before, {**last, "content": last["content"] + instruction}]
+        read.append({"prompt": prompt, "answer": gold})
+    if lost := len(rows) - len(read):
+        example = next(gold for gold, verdict in zip(golds, verdicts) if not verdict.startswith("different"))
+        share = f"{lost} of {len(rows)} gold answers ({lost / len(rows):.1%})"
+        print(f"{source}: {share} cannot be read, such as {example[:60]!r}; their rows are left out.")
+    if not read:
+        sys.exit(f"{source}: none of its {len(rows)} gold answers can be read as a number, a formula or a word.")
+    return read
+
+
+def texts_of(tokenizer, questions: list[dict], groups: list[list[Completion]]) -> list[list[str]]:
+    """The completions as text, with the <think> that the prompt may end in."""
+    openings = ["<think>" if tokenizer.decode(q["ids"][-8:]).rstrip().endswith("<think>") else "" for q in questions]
+    return [
+        [opening + tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
+        for opening, group in zip(openings, groups)
+    ]
+
+
+def judge(verifier: Verifier, questions: list[dict], texts: list[list[str]], args: Args) -> tuple[list, dict]:
+    """Grades of every completion, and the reward components, each [P, G], with their weighted sum under "total"."""
+    flat = verifier.grade([(text, q["gold"]) for q, row in zip(questions, texts) for text in row])
+    size = len(texts[0])
+    grades = [flat[i : i + size] for i in range(0, len(flat), size)]
+    weights = {"answer": args.answer_weight, "format": args.format_weight}
+    components = {
+        name: torch.tensor([[REWARDS[name](g, text) for g, text in zip(*pair)] for pair in zip(grades, texts)])
+        for name, weight in weights.items()
+        if weight or name == "answer"
+    }
+    components["total"] = sum(weights[name] * values for name, values in components.items())
+    return grades, components
+
+
+def clusters_of(verifier: Verifier, grades: list[Grade]) -> list[int | None]:
+    """A number for each different answer to one question: 0 is the right one, None an answer that is absent."""
+    numbers: list[int | None] = []
+    known: list[tuple[str, int]] = []  # a wrong answer, and its number
+    for g in grades:
+        if g.answer is None or g.correct:
+            numbers.append(0 if g.correct else None)
+            continue
+        verdicts = verifier.compare([(normal_form(answer), g.answer) for answer, _ in known])
+        same = next((number for (_, number), v in zip(known, verdicts) if v.startswith("equal")), None)
+        if same is None:
+            same = len(known) + 1
+            known.append((g.answer, same))
+        numbers.append(same)
+    return numbers
+
+
+def evaluate_math(sampler, tokenizer, questions, verifier, reranker, args: Args, rank: int, world: int) -> tuple:
+    """Held-out accuracy and what more samples, a reranker and a thinking budget make of it.
+
+    Returns the metrics over all processes, and all questions with their attempts, in order.
+    """
+    mine, indices, n = questions[rank::world], list(range(rank, len(questions), world)), args.eval_samples
+    prompts = [q["ids"] for q in mine]
+    budget = args.max_think_tokens or args.max_completion_tokens
+    with tqdm(total=len(mine) * (n + 1), desc="evaluating", leave=False, disable=None) as bar:
+        sampling = {"num_samples": n, "temperature": args.temperature, "seed": args.seed}
+        sampled = sampler.generate(prompts, budget, **sampling, indices=indices, progress=bar.update)
+        greedy = sampler.generate(prompts, budget, temperature=0.0, progress=bar.update)
+    if mine and (args.max_think_tokens or args.extend_thinking):
+        sampled = force_budget(sampler, tokenizer, mine, sampled, args, indices, args.temperature)
+        greedy = force_budget(sampler, tokenizer, mine, greedy, args, indices, 0.0)
+    texts = [row + best for row, best in zip(texts_of(tokenizer, mine, sampled), texts_of(tokenizer, mine, greedy))]
+    grades = verifier.grade([(text, q["gold"]) for q, row in zip(mine, texts) for text in row])
+    scores = [0.0] * (n * len(mine))
+    if reranker:
+        scores = reranker([(q["row"]["prompt"], text) for q, row in zip(mine, texts) for text in row[:n]])
+    found = []
+    for p, (question, row, group) in enumerate(zip(mine, texts, sampled)):
+        *judged, greedy_grade = grades[p * (n + 1) : (p + 1) * (n + 1)]
+        clusters = clusters_of(verifier, judged)
+        attempts = [
+            Attempt(text, g.answer, cluster, len(c.ids), c.stopped, value)
+            for text, g, cluster, c, value in zip(row, judged, clusters, group, scores[p * n : (p + 1) * n])
+        ]
+        prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+        found.append((prompt, question["gold"], attempts, greedy_grade.correct is True))
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, found)
+        found = [shares[i % world][i // world] for i in range(len(questions))]
+    attempts = [question[2] for question in found]
+    accuracies = [sum(a.cluster == 0 for a in group) / n for group in attempts]
+    flat = [attempt for group in attempts for attempt in group]
+    lengths = {"right": [a.length for a in flat if a.cluster == 0], "wrong": [a.length for a in flat if a.cluster != 0]}
+    low, high = bootstrap_interval(accuracies, args.seed)
+    ks = [k for k in (2**i for i in range(1, 20)) if k < n] + [n] * (n > 1)
+    curves = scaling(attempts, ks, reranker is not None, args.seed)
+    return {
+        "eval/accuracy": sum(accuracies) / len(found),
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/accuracy_greedy": sum(question[3] for question in found) / len(found),
+        **{f"eval/{name}": value for name, value in curves.items()},
+        "eval/completion_length": sum(a.length for a in flat) / len(flat),
+        **{f"eval/length_{name}": sum(values) / len(values) for name, values in lengths.items() if values},
+        "eval/truncated_fraction": sum(not a.stopped for a in flat) / len(flat),
+        "eval/no_answer": sum(a.answer is None for a in flat) / len(flat),
+    }, found
+
+
+def evaluation_samples(found: list[tuple], per_question: int) -> list[dict]:
+    """The first so many completions of every evaluated question, as rows for samples.jsonl."""
+    return [
+        {"prompt": prompt, "completion": a.text, "reward": float(a.cluster == 0), "answer": a.answer, "gold": gold,
+         "length": a.length, "stopped": a.stopped, "score": a.score}
+        for prompt, gold, attempts, _ in found for a in attempts[:per_question]
+    ]  # fmt: skip
+
+
+def draw_scaling(run: Run) -> None:
+    """scaling.png: the last evaluation's accuracy against samples, and accuracy and length over all evaluations."""
+    if not run.is_main:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in logged if "eval/accuracy" in row]
+    figure, (samples, training) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    for kind in ("pass", "maj", "weighted", "best"):
+        at = {int(k.partition("@")[2]): value for k, value in rows[-1].items() if k.startswith(f"eval/{kind}@")}
+        if at:
+            points = sorted({1: rows[-1]["eval/accuracy"], **at}.items())
+            samples.plot(*zip(*points), marker="o", ms=3, label=f"{kind}@k")
+    samples.set(xscale="log", xlabel="samples k", ylabel="accuracy", title=f"step {rows[-1]['step']}")
+    samples.legend() if samples.lines else None
+    steps = [row["step"] for row in rows]
+    training.plot(steps, [row["eval/accuracy"] for row in rows], marker="o", ms=3, label="accuracy")
+    training.fill_between(
+        steps, [row["eval/accuracy_low"] for row in rows], [row["eval/accuracy_high"] for row in rows], alpha=0.2
+    )
+    training.set(xlabel="step", ylabel="accuracy", ylim=(0, 1))
+    length = training.twinx()
+    length.plot(steps, [row["eval/completion_length"] for row in rows], color="tab:orange", marker="o", ms=3)
+    length.set(ylabel="tokens (orange)")
+    figure.tight_layout()
+    figure.savefig(run.folder / "scaling.png", dpi=110)
+    pyplot.close(figure)
+
+
+class VerifiedSamples:
+    """verified.jsonl: right completions as data for sft.py, no two alike, up to `cap` of a question in a whole run."""
+
+    def __init__(self, run: Run, cap: int):
+        self.path, self.is_main, self.cap = run.folder / "verified.jsonl", run.is_main, cap
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.written = {(json.dumps(row["prompt"]), row["completion"]) for row in rows}
+        self.counts = Counter(prompt for prompt, _ in self.written)
+
+    def add(self, step: int, tokenizer, questions, groups, right: torch.Tensor) -> None:
+        """Those of a rollout that are new; all processes call this together."""
+        found = [
+            (q["row"]["prompt"], tokenizer.decode(c.ids, skip_special_tokens=True), q["gold"])
+            for q, group, row in zip(questions, groups, right) for c, is_right in zip(group, row) if is_right
+        ]  # fmt: skip
+        if dist.is_initialized():
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, found)
+            found = [sample for share in shares for sample in share]
+        rows = []
+        for prompt, completion, gold in found if self.is_main else ():
+            key = (json.dumps(prompt), completion)
+            if key not in self.written and self.counts[key[0]] < self.cap:
+                self.written.add(key)
+                self.counts[key[0]] += 1
+                rows.append({"step": step, "prompt": prompt, "completion": completion, "answer": gold})
+        if self.is_main:
+            append_rows(self.path, rows)
+
+
+class Rollout:
+    """Completions of this process's prompts as rows: B = prompts × samples, T tokens, those of a prompt adjacent."""
+
+    def __init__(self, prompts: list[list[int]], groups: list[list[Completion]], device):
+        self.group_size = len(groups[0])
+        self.prompts = [prompt for prompt in prompts for _ in range(self.group_size)]
+        completions = [c for group in groups for c in group]
+        self.ids = [c.ids for c in completions]  # detail 2
+        self.old_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T]
+        self.mask = pad_rows([torch.ones(len(ids)) for ids in self.ids]).to(device)  # [B, T], detail 4
+
+    def rows_of(self, prompts: list[int]) -> list[int]:
+        return [p * self.group_size + g for p in sorted(prompts) for g in range(self.group_size)]
+
+    def microbatches(self, rows: list[int], max_tokens: int) -> list[tuple[list[int], float]]:
+        """`rows` in microbatches, each with its weight. A process with fewer of them than another repeats some with
+        weight zero: sharded weights are gathered by all processes together."""
+        split = split_by_tokens([self.ids[i] for i in rows], max_tokens, [self.prompts[i] for i in rows])
+        parts = [([rows[j] for j in part], 1.0) for part in split]
+        rounds = int(reduce_over_processes([len(parts)], self.mask.device, maximum=True)[0])
+        return parts + [([0], 0.0)] * (rounds - len(parts))
+
+    def token_logprobs(self, model, rows: list[int], temperature: float, bfloat16: bool):
+        """Log-probabilities and entropies [b, T] of the completions in `rows` under `model`."""
+        device, width = self.mask.device, self.mask.shape[1]
+        packed = pack_completions([self.prompts[i] for i in rows], [self.ids[i] for i in rows])  # detail 9
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
+        return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
+
+
+@torch.no_grad()
+def reference_logprobs(reference, rollout: Rollout, args, bfloat16: bool) -> torch.Tensor:
+    """Log-probabilities [B, T] of a rollout's completions under the reference; zeros where there is none."""
+    logprobs = torch.zeros_like(rollout.old_logprobs)
+    if reference is not None:
+        for rows, _ in rollout.microbatches(range(len(rollout.ids)), args.microbatch_tokens):
+            logprobs[rows], _ = rollout.token_logprobs(reference, rows, args.temperature, bfloat16)
+    return logprobs
+
+
+@torch.no_grad()
+def policy_statistics(logprobs, old_logprobs, ref_logprobs, entropy, ratio, better, mask, args: Args) -> dict:
+    """Sums over the tokens of a microbatch, from which the means of policy/… are made. All [b, T].
+
+    `better` says where the advantage is positive: which bound of the clip binds depends on its sign.
+    """
+    log_ratio = logprobs - old_logprobs
+    outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
+    sums = {
+        "tokens": torch.ones_like(mask),
+        "entropy": entropy,
+        "clip_fraction": outside,
+        "approx_kl": log_ratio.square() / 2,
+        "sampler_gap": log_ratio.abs(),
+    }
+    if ref_logprobs is not None:
+        sums["kl"] = kl_estimate(logprobs, ref_logprobs, "k3")
+    return {name: float((values * mask).sum()) for name, values in sums.items()}
+
+
+def rollout_metrics(rewards: dict, groups: list[list[Completion]], device) -> dict:
+    """What a rollout tells about itself, over all processes."""
+    total, correct = rewards["total"], rewards.get("answer", rewards["total"])
+    completions = [c for group in groups for c in group]
+    lengths = [len(c.ids) for c in completions]
+    sums = {
+        "prompts": len(groups), "completions": len(completions), "tokens": sum(lengths),
+        "stopped": sum(c.stopped for c in completions), "square": total.square().sum(),
+        "all_correct": (correct > 0).all(1).sum(), "all_wrong": (correct <= 0).all(1).sum(),
+        **{f"reward/{name}": values.sum() for name, values in rewards.items()},
+    }  # fmt: skip
+    sums = sum_over_processes(sums, device)
+    count = sums["completions"]
+    means = {name: value / count for name, value in sums.items()}
+    return {
+        "reward/mean": means["reward/total"],
+        "reward/std": max(means["square"] - means["reward/total"] ** 2, 0.0) ** 0.5,
+        **{f"reward/{name}": means[f"reward/{name}"] for name in rewards if name != "total"},
+        "groups/all_correct": sums["all_correct"] / sums["prompts"],
+        "groups/all_wrong": sums["all_wrong"] / sums["prompts"],
+        "completions/length_mean": means["tokens"],
+        "completions/length_max": reduce_over_processes([max(lengths)], device, maximum=True)[0],
+        "completions/stopped_fraction": means["stopped"],
+        "completions/truncated_fraction": 1 - means["stopped"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict:
+    args = resumed_args(args, "rlvr_math")
+    check_rlvr_args(args)
+    device, rank, world = start_processes(args.device)
+    stop = catch_stop_signals()
+    verifier = Verifier(args.grading_workers, args.grading_seconds)
+
+    # Data, before any model is loaded.
+    columns = tuple((q, a) for a in ("answer", "solution") for q in ("prompt", "question", "problem"))
+    rows = load_rows(args.dataset, args.subset, args.split, columns)
+    if args.eval_dataset or args.dataset == Args.dataset:
+        held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
+        held_out = load_rows(held_out_source, args.subset, args.split, columns)
+    elif args.evaluate_only:
+        held_out_source, held_out = args.dataset, rows
+    else:
+        held_out_source = f"rows held out of {args.dataset}"
+        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
+    held_out = read_questions(held_out[: args.eval_rows], held_out_source, args.instruction, verifier)
+    rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, verifier)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    if args.template == "r1_zero":
+        tokenizer.chat_template = R1_ZERO_TEMPLATE  # it stays with the saved model
+    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
+    if longest < 1:
+        sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
+    questions = encode_questions(tokenizer, rows, args.dataset, longest)
+    held_out = encode_questions(tokenizer, held_out, held_out_source, longest)
+
+    # Models, optimizer, run folder.
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    policy = load_model(args, device)
+    stops = stop_token_ids(tokenizer, policy)
+    policy = shard(policy, world, bfloat16)
+    reference = None
+    if args.beta and not args.evaluate_only:
+        reference = shard(load_model(args, device), world, bfloat16).requires_grad_(False)
+    reranker = load_reranker(args, device, bfloat16) if args.reranker else None
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    shown = {"reward/mean": "reward", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
+    shown |= {f"eval/maj@{args.eval_samples}": f"maj@{args.eval_samples}"} if args.eval_samples > 1 else {}
+    run = Run(args, "rlvr_math", rank, {**shown, "eval/completion_length": "length"})
+
+    def evaluate() -> tuple[dict, list[dict]]:
+        sampler.sync()
+        scores, found = evaluate_math(sampler, tokenizer, held_out, verifier, reranker, args, rank, world)
+        return scores, evaluation_samples(found, args.eval_samples if args.evaluate_only else 1)
+
+    if args.evaluate_only:
+        run.log(0, *evaluate())
+        return report_evaluation(run, len(held_out))
+
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+    first = load_checkpoint(run, policy, optimizer, args.steps) if args.resume else 0
+    if not args.resume:
+        run.log(0, *evaluate())
+        draw_scaling(run)
+    elif args.save_verified and run.is_main:
+        drop_rows_after(run.folder / "verified.jsonl", first)
+    store = VerifiedSamples(run, args.keep_per_question) if args.save_verified else None
+    shuffle = torch.Generator().manual_seed(args.seed)  # passes over all questions, as many as the steps take
+    passes = math.ceil(args.steps * args.batch_size / len(questions))
+    order = torch.cat([torch.randperm(len(questions), generator=shuffle) for _ in range(passes)]).tolist()
+    algorithm = ALGORITHMS[args.algorithm]
+
+    for step in range(first + 1, args.steps + 1):
+        began = time.perf_counter()
+        seed = args.seed * 1_000_003 + step  # detail 10
+        batch = [questions[i] for i in order[(step - 1) * args.batch_size : step * args.batch_size]]
+        positions = list(range(rank, len(batch), world))  # of this process's prompts in the batch
+        mine = [batch[p] for p in positions]
+        prompts = [question["ids"] for question in mine]
+
+        # Sample.
+        sampler.sync()
+        sampling = {"num_samples": args.num_samples, "temperature": args.temperature, "seed": seed}
+        groups = sampler.generate(prompts, args.max_completion_tokens, **sampling, indices=positions)
+        sample_time = time.perf_counter() - began
+
+        # Grade, and compare within each group.
+        grades, rewards = judge(verifier, mine, texts_of(tokenizer, mine, groups), args)
+        grade_time = time.perf_counter() - began - sample_time
+        rollout = Rollout(prompts, groups, device)
+        action_mask = rollout.mask  # [B, T]
+        signal_ = rewards["total"]
+        if args.algorithm == "expert_iteration":
+            signal_ = verified(groups, rewards["answer"], args.keep_per_question)
+            action_mask = action_mask * signal_.flatten().to(device)[:, None]  # detail 14
+        if store:
+            store.add(step, tokenizer, mine, groups, rewards["answer"])
+        advantages = algorithm.advantage(signal_).flatten().to(device)  # [B]
+        ref_logprobs = reference_logprobs(reference, rollout, args, bfloat16)  # [B, T]
+
+        # Update.
+        sums, first_sums, ratio_max, policy_losses, grad_norms = Counter(), Counter(), 0.0, [], []
+        rate = learning_rate_at(step, args.steps, args)
+        for epoch in range(args.update_epochs):
+            shuffle = torch.Generator().manual_seed(seed * 97 + epoch)
+            for chosen in torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1).tolist():
+                rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
+                rows = [i for i in rows if action_mask[i].any()]  # of expert iteration only what it keeps
+                sequences = len(chosen) * args.num_samples
+                tokens = reduce_over_processes([float(action_mask[rows].sum())], device)[0]
+                total_loss = 0.0
+                for part, weight in rollout.microbatches(rows, args.microbatch_tokens):
+                    logprobs, entropy = rollout.token_logprobs(policy, part, args.temperature, bfloat16)  # [b, T]
+                    old_logprobs, ref = rollout.old_logprobs[part], ref_logprobs[part]
+                    advantage, mask = advantages[part, None], action_mask[part] * weight  # [b, 1], [b, T]
+                    losses, ratio = token_losses(
+                        logprobs, old_logprobs, advantage, mask, algorithm.ratio, args.clip_low, args.clip_high
+                    )
+                    if reference is not None:
+                        losses = losses + args.beta * kl_estimate(logprobs, ref, "k3")
+                    loss = mean_loss(losses, mask, algorithm.mean_over, sequences, tokens, args.max_completion_tokens)
+                    (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
+                    total_loss += loss.item()
+                    ratio_max = max(ratio_max, float((ratio * mask).max()))
+                    statistics = policy_statistics(
+                        logprobs, old_logprobs, ref if args.beta else None, entropy, ratio, advantage > 0, mask, args
+                    )
+                    sums.update(statistics)
+                    if not grad_norms:  # before the first update policy and sampler have the same weights
+                        first_sums.update(statistics)
+                policy_losses.append(require_finite(run, step, total_loss, device))
+                grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm, rate))
+
+        # Log, evaluate, save.
+        elapsed = time.perf_counter() - began
+        names = ["tokens", "entropy", "clip_fraction", "approx_kl", "sampler_gap", *["kl"] * (reference is not None)]
+        sums = sum_over_processes({name: sums[name] for name in names}, device)
+        first_sums = sum_over_processes({name: first_sums[name] for name in names}, device)
+        tokens = max(sums.pop("tokens"), 1)
+        metrics, samples = {
+            **rollout_metrics(rewards, groups, device),
+            **grade_metrics(grades, groups, device),
+            **{f"policy/{name}": value / tokens for name, value in sums.items()},
+            "policy/sampler_gap": first_sums["sampler_gap"] / max(first_sums["tokens"], 1),
+            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=True)[0],
+            "loss/policy": sum(policy_losses) / len(policy_losses),
+            "optim/grad_norm": sum(grad_norms) / len(grad_norms),
+            "optim/learning_rate": rate,
+            "time/step": elapsed,
+            "time/sample": sample_time,
+            "time/grade": grade_time,
+            "time/train": elapsed - sample_time - grade_time,
+            "throughput/tokens_per_second": tokens / args.update_epochs / elapsed,
+            "memory/peak_gb": peak_memory_gb(device),
+        }, []  # fmt: skip
+        stopping = stop_requested(stop, device)
+        is_evaluated = is_due(step, args.eval_every, args.steps) and (step == args.steps or not stopping)
+        if is_evaluated:
+            scores, samples = evaluate()
+            metrics |= scores
+        run.log(step, metrics, samples)
+        if is_evaluated:
+            draw_scaling(run)
+        if is_due(step, args.save_every, args.steps) or stopping:
+            save_checkpoint(run, step, policy, optimizer)
+        if stopping and step < args.steps:
+            return run.finish(f"python rlvr_math.py --resume {run.folder}", stopped=stopping)
+
+    verifier.close()
+    save_model(run, policy, tokenizer, stops, bfloat16)
+    if store:
+        return run.finish(f"python sft.py --model {args.model} --dataset {store.path}")
+    return run.finish(f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only --eval-samples 32")
+
+
+def grade_metrics(grades: list[list[Grade]], groups: list[list[Completion]], device) -> dict:
+    """How a rollout's answers were decided, and how long right and wrong completions are, over all processes."""
+    sums = Counter()
+    for g, completion in zip((g for row in grades for g in row), (c for group in groups for c in group)):
+        kind = "right" if g.correct else "wrong"
+        sums.update({"all": 1, kind: 1, f"{kind}_tokens": len(completion.ids), g.how: 1})
+    names = ("all", "right", "wrong", "right_tokens", "wrong_tokens", "no answer", "symbolic", "timeout", "crash")
+    sums = sum_over_processes({name: sums[name] for name in names}, device)
+    lengths = {f"completions/length_{k}": sums[f"{k}_tokens"] / sums[k] for k in ("right", "wrong") if sums[k]}
+    return {
+        **lengths,
+        "answers/none": sums["no answer"] / sums["all"],
+        "answers/symbolic": sums["symbolic"] / sums["all"],
+        "answers/timeout": (sums["timeout"] + sums["crash"]) / sums["all"],
+    }
+
+
+def report_evaluation(run: Run, questions: int) -> dict:
+    """The end of --evaluate-only: a table on the terminal, evaluation.json and scaling.png in the run's folder."""
+    metrics, args = run.last, run.args
+    settings = {"model": args.model, "dataset": args.eval_dataset or args.dataset, "questions": questions,
+                "samples": args.eval_samples, "temperature": args.temperature, "top_p": 1.0,
+                "max_completion_tokens": args.max_completion_tokens, "template": args.template,
+                "reranker": args.reranker, "max_think_tokens": args.max_think_tokens,
+                "extend_thinking": args.extend_thinking, "seed": args.seed}  # fmt: skip
+    draw_scaling(run)
+    if run.is_main:
+        (run.folder / "evaluation.json").write_text(json.dumps({**settings, **metrics}, indent=2) + "\n")
+        print(f"  {questions} questions, {args.eval_samples} samples each, temperature {args.temperature}, "
+              f"{args.max_completion_tokens} tokens at most")  # fmt: skip
+        print(f"  pass@1 {metrics['eval/accuracy']:.3f}, 95 % interval {metrics['eval/accuracy_low']:.3f} to "
+              f"{metrics['eval/accuracy_high']:.3f}")  # fmt: skip
+        for name, value in list(metrics.items())[3:]:
+            print(f"  {name.removeprefix('eval/'):20} {value:8.4g}")
+        if args.reranker:
+            print(f"  best of {args.eval_samples} is at most {best_of_n_kl_bound(args.eval_samples):.3g} nats away")
+        print(f"  all of it in {run.folder / 'evaluation.json'}, completions in {run.folder / 'samples.jsonl'}, "
+              f"picture in {run.folder / 'scaling.png'}")  # fmt: skip
+    run.baseline = {}  # there is no before and after
+    return run.finish(f"python rlvr_math.py --model {args.model}")
+
+
+def check_rlvr_args(args: Args) -> None:
+    """Refuse settings that cannot work together, before anything is loaded."""
+    if args.num_samples < 2 and args.algorithm in ("rloo", "grpo", "dr_grpo"):
+        sys.exit(f"--num-samples 1: {args.algorithm} compares a completion with its siblings; take at least 2.")
+    counts = (args.batch_size, args.microbatch_tokens, args.minibatches, args.update_epochs, args.steps)
+    if min(*counts, args.num_samples, args.eval_samples, args.grading_workers, args.keep_per_question) < 1:
+        sys.exit(
+            "--batch-size, --microbatch-tokens, --minibatches, --update-epochs, --steps, --num-samples, "
+            "--eval-samples, --grading-workers and --keep-per-question must be at least 1."
+        )
+    if args.temperature <= 0:
+        sys.exit("--temperature must be above 0: greedy sampling leaves nothing to compare.")
+    if args.grading_seconds <= 0:
+        sys.exit("--grading-seconds must be above 0: it is the time that the verifier has for a comparison.")
+    if args.max_think_tokens >= args.max_completion_tokens:
+        sys.exit(
+            f"--max-think-tokens {args.max_think_tokens} must be below --max-completion-tokens "
+            f"{args.max_completion_tokens}, or nothing is left for the answer."
+        )
+    if args.batch_size % args.minibatches:
+        sys.exit(f"--batch-size {args.batch_size} prompts cannot be divided into --minibatches {args.minibatches}.")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
+
+
+# =============================================================== plumbing: the same in every script, not the algorithm
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of a JSONL file, or of what `datasets.load_dataset` reads, each holding one of the sets of `columns`."""
+    path, rows = Path(source), []
+    kind = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not path.is_file():
+        sys.exit(f"{source}: no such file (looked in {Path.cwd()}).")
+    if kind == "jsonl":
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines() would end at U+2028 too
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                sys.exit(f"{source}, line {number}: not JSON ({getattr(error, 'msg', error)}).")
+    else:
+        from datasets import load_dataset
+
+        what = {"path": kind, "data_files": source, "split": "train"} if kind else {"path": source, "name": subset}
+        try:
+            rows = load_dataset(**{"split": split, **what}).to_list()
+        except Exception as error:  # datasets raises many kinds; all of them are about what the user named
+            sys.exit(f"{source}: not a file, a folder or a Hub data set that can be reached ({first_line(error)}).")
+    if not rows:
+        sys.exit(f"{source}: no rows in it.")
+    wanted = " or ".join(" + ".join(group) for group in columns)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
+        if not any(all(row.get(c) is not None for c in group) for group in columns):
+            sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
+        if isinstance(row.get("answer"), (int, float)):
+            row["answer"] = str(row["answer"])
+        read = {name for group in columns if all(row.get(c) is not None for c in group) for name in group}
+        for name in read - {"label", "labels"}:
+            is_several = name == "completions" and isinstance(row[name], list)
+            if not all(map(is_conversation, row[name] if is_several else [row[name]])):
+                sys.exit(
+                    f"{source}, row {number}: conversations must be text or lists of messages with role and content, "
+                    f"both text; {name} is {str(row[name])[:60]}."
+                )
+    return rows
+
+
+def is_conversation(value) -> bool:
+    """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
+
+    def is_message(m) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
+
+    return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
+
+
+def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+    if len(rows) < 2:
+        sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, min(count, len(rows) // 10))
+    return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
+
+
+def start_processes(device: str) -> tuple[torch.device, int, int]:
+    """The device of this process, its rank and the number of processes (more than one under torchrun)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"--device {device}: this machine or this build of PyTorch has no CUDA; use --device cpu or auto.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world > 1 else device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen, int(os.environ.get("RANK", 0)), world
+
+
+def reduce_over_processes(values: list[float], device, maximum: bool = False) -> list[float]:
+    """Each value summed over all processes, or its maximum."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+    return tensor.tolist()
+
+
+def sum_over_processes(sums: dict[str, float], device) -> dict[str, float]:
+    return dict(zip(sums, reduce_over_processes([float(value) for value in sums.values()], device)))
+
+
+def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
+    """The configuration of the model at `path`, which `flag` named, dropout switched off."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{flag} {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
+    for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
+        setattr(config, name, 0.0)
+    return config
+
+
+def load_model(args, device, from_scratch: bool = False):
+    """The model that `args` names in float32, its attention decided by each batch's layout."""
+    transformers_logging.disable_progress_bar()
+    config = load_config(args.model, args.trust_remote_code)
+    options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+    torch.manual_seed(args.seed)
+    try:
+        if from_scratch:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
+    if model._supports_attention_backend:
+        model.set_attn_implementation("layout")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device).train(args.gradient_checkpointing)
+
+
+def shard(model, world: int, bfloat16: bool):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+    if world > 1:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+        for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
+            fully_shard(module, mp_policy=policy)
+        fully_shard(model)
+        model.sharded_token_logprobs = partial(local_token_logprobs, model)
+        register_fsdp_forward_method(model, "sharded_token_logprobs")
+    return model
+
+
+def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
+    """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def learning_rate_at(step: int, steps: int, args) -> float:
+    """Linear warm-up, then constant, linear or cosine decay that reaches zero after the last step."""
+    if step <= args.warmup_steps:
+        return args.learning_rate * step / args.warmup_steps
+    left = (steps - step + 1) / max(1, steps - args.warmup_steps)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return args.learning_rate * shape[args.lr_schedule]
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether `step` is one of those `every` so many steps (0: none), or the last."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def peak_memory_gb(device) -> float:
+    """Most memory this process has held so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def catch_stop_signals() -> list[int]:
+    """A list into which Ctrl-C and SIGTERM put their number; the loop looks at it after each step."""
+    caught: list[int] = []
+
+    def handle(number, frame):
+        if caught:  # a second one means now
+            sys.exit(128 + number)
+        caught.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint …", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+    return caught
+
+
+def stop_requested(caught: list[int], device) -> int:
+    """The number of the signal that any process has caught, or 0."""
+    return int(reduce_over_processes([max(caught, default=0)], device, maximum=True)[0])
+
+
+def resumed_args(args, script: str):
+    """With --resume, the arguments of that run; only its length and its logging may be given anew."""
+    if not args.resume:
+        return args
+    folder = Path(args.resume).resolve()
+    if not (folder / "args.json").is_file():
+        sys.exit(f"--resume {args.resume}: no run there (a run's folder holds an args.json).")
+    stored = json.loads((folder / "args.json").read_text())
+    if stored.pop("script") != script:
+        sys.exit(f"--resume {args.resume}: that run was made by another script than {script}.py.")
+    free = {"steps", "epochs", "eval_every", "save_every", "log_samples", "wandb_project", "resume", "output_dir"}
+    for field in fields(args):
+        given, kept = getattr(args, field.name), stored.get(field.name, field.default)
+        kept = tuple(kept) if isinstance(kept, list) else kept
+        if given == field.default:
+            setattr(args, field.name, kept)
+        elif given != kept and field.name not in free:
+            flag = "--" + field.name.replace("_", "-")
+            sys.exit(f"{flag} cannot be changed with --resume (the run has {kept}); start a new run for that.")
+    args.resume = args.output_dir = str(folder)
+    return args
+
+
+class Run:
+    """The output folder of a run, and what the terminal shows of it: `shown` maps metrics to column titles."""
+
+    def __init__(self, args, script: str, rank: int, shown: dict[str, str]):
+        self.args, self.is_main, self.shown = args, rank == 0, shown
+        self.baseline, self.last = {}, {}  # the metrics logged first, and the latest of each
+        self.carried = {}  # what the next step takes from the last one beyond weights and metrics, as JSON
+        stamp = [f"{datetime.now():%Y-%m-%d_%H%M%S}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(stamp)
+        self.folder = Path(args.output_dir or f"runs/{script}/{stamp[0]}")
+        if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
+            sys.exit(
+                f"{self.folder} already holds a run. Continue it with --resume {self.folder}, replace it with "
+                "--overwrite, or choose another --output-dir."
+            )
+        if dist.is_initialized():
+            dist.barrier()
+        if not self.is_main:
+            return
+        if (self.folder / "args.json").exists() and not args.resume:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        if not args.output_dir:
+            link = self.folder.parent / "latest"
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.folder.name)
+        if args.wandb_project:
+            import wandb
+
+            wandb.init(project=args.wandb_project, name=self.folder.name, config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.bar = tqdm(desc=script, unit="step", disable=None, leave=False)
+        self.bar.write("  step  " + "  ".join(f"{title:>14}" for title in shown.values()))
+
+    def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
+        """One row in metrics.jsonl, TensorBoard and (now and then) the terminal; with samples, new curves as well."""
+        self.last |= metrics
+        self.baseline = self.baseline or metrics
+        if not self.is_main:
+            return
+        append_rows(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
+        append_rows(self.folder / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.bar.update(step - self.bar.n)
+        is_evaluation = any(name.startswith("eval/") for name in metrics)
+        if step % 10 == 0 or is_evaluation:
+            cells = [f"{metrics[name]:14.4g}" if name in metrics else " " * 14 for name in self.shown]
+            self.bar.write(f"{step:6d}  " + "  ".join(cells))
+        for sample in samples[:: max(1, len(samples) // max(1, self.args.log_samples))][: self.args.log_samples]:
+            text = " ⏎ ".join(sample["completion"].split("\n"))
+            self.bar.write(f"        reward {sample['reward']:.2f}  {sample['prompt'][-60:]!r} → {text[:160]}")
+        if is_evaluation:
+            self.writer.flush()
+            draw_curves(self.folder, self.shown)
+
+    def finish(self, next_command: str, stopped: int = 0) -> dict:
+        """Close the run: what changed, where the model lies, what to run next. Returns the last metrics."""
+        if self.is_main:
+            self.bar.close()
+            self.writer.close()
+            if not stopped:
+                for name in self.baseline:
+                    print(f"  {name:26} {self.baseline[name]:8.4g} → {self.last[name]:.4g}")
+                if (self.folder / "model").exists():
+                    print(f"  model in {self.folder / 'model'}, curves in {self.folder / 'curves.png'}")
+            print(f"  next: {next_command}")
+        if dist.is_initialized():
+            time.sleep(0.5)  # Gloo's threads drop their last tensors, which aborts them once the interpreter is ending
+            dist.destroy_process_group()
+        if stopped:
+            sys.exit(128 + stopped)
+        return self.last
+
+
+def require_finite(run: Run, step: int, loss: float, device) -> float:
+    """The loss summed over all processes, which must be a number."""
+    loss = reduce_over_processes([loss], device)[0]
+    if not math.isfinite(loss):
+        sys.exit(
+            f"The loss is {loss} at step {step}: the run has diverged and stops before its weights are harmed. Lower "
+            f"--learning-rate or --max-grad-norm. Last good checkpoint: {newest_checkpoint(run.folder)}."
+        )
+    return loss
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def draw_curves(folder: Path, shown: dict[str, str]) -> None:
+    """curves.png: one panel for each metric that the terminal shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    for axis, (name, title) in zip(axes[0], shown.items()):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+
+
+def fingerprint(model) -> str:
+    """Names and shapes of a model's parameters, by which a checkpoint knows whether it fits."""
+    return hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in model.named_parameters()]).encode()).hexdigest()[:16]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
+    """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
+
+    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    """
+    final = run.folder / "checkpoints" / f"step-{step:06d}"
+    temporary = final.with_name(f".writing-{final.name}")
+    try:
+        if run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        weights, moments = sharded.get_state_dict(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a single process is told that it is one
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+        if run.is_main:
+            about = {"step": step, "model": fingerprint(model)}
+            about |= {"baseline": run.baseline, "last": run.last, "carried": run.carried}
+            (temporary / "state.json").write_text(json.dumps(about))
+            temporary.rename(final)
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reasons = getattr(error, "failures", None) or {0: (error, None)}  # what each process met
+        reason, kept = first_line(next(iter(reasons.values()))[0]), newest_checkpoint(run.folder)
+        sys.exit(f"The checkpoint of step {step} could not be written ({reason}). The last one is {kept}.")
+
+
+def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
+    """Restore the newest checkpoint of a run, drop what was logged after it, and return its step."""
+    newest = newest_checkpoint(run.folder)
+    if newest is None:
+        sys.exit(f"--resume {run.folder}: the run ended before its first checkpoint; start it again with --overwrite.")
+    about = json.loads((newest / "state.json").read_text())
+    if about["model"] != fingerprint(model):
+        sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
+    if about["step"] >= steps:
+        sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
+    weights, moments = sharded.get_state_dict(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+    sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
+    if run.is_main:
+        drop_rows_after(run.folder / "metrics.jsonl", about["step"])
+        drop_rows_after(run.folder / "samples.jsonl", about["step"])
+    return about["step"]
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
+    whole = path.read_text().split("\n")[:-1]
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+    part.replace(path)
+
+
+def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
+    """model/: weights, tokenizer, chat template, and a generation config with the stop tokens that were trained."""
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = sharded.get_model_state_dict(model, options=options)
+    if run.is_main:
+        model.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        model.generation_config.eos_token_id = stops
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+        weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
+        model.save_pretrained(run.folder / "model", state_dict=weights)
+        tokenizer.save_pretrained(run.folder / "model")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
