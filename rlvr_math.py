@@ -558,12 +558,12 @@ def grade(completion: str, gold: str) -> Grade:
 # ---------------------------------------------------------------------------------------------- rewards: edit here
 
 
-def answer_reward(grade: Grade, text: str) -> float:
+def correctness_reward(grade: Grade, text: str) -> float:
     """1 where the verifier found the answer right. There is no part of it for an answer that is nearly right."""
     return float(grade.correct is True)
 
 
-def format_reward(grade: Grade, text: str) -> float:
+def well_formed_reward(grade: Grade, text: str) -> float:
     """1 where the text, opened <think> of the template included, is reasoning in its tags, if any, and then one answer
     in its tags at the very end. Half of it is worth nothing, so there is nothing to farm but the whole."""
     counts = [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
@@ -575,7 +575,7 @@ def format_reward(grade: Grade, text: str) -> float:
     return float(opened and bool(inside.strip()))
 
 
-REWARDS = {"answer": answer_reward, "format": format_reward}
+REWARDS = {"answer": correctness_reward, "format": well_formed_reward}
 
 # ---------------------------------------------------------------------------------------------- advantages: the dial
 

@@ -40,6 +40,10 @@ COMPARISONS = {
         {**EVALUATED, "eval/style": "polite", "eval/preference_accuracy": "held-out pairs", "eval/kl": "KL",
          "eval/completion_length": "length"},
     ),
+    "rlvr_math": Comparison(
+        {f"`{name}`": ["--algorithm", name] for name in ("reinforce", "rloo", "grpo", "dr_grpo", "expert_iteration")},
+        {**EVALUATED, "eval/maj@8": "maj@8", "eval/completion_length": "length"},
+    ),
     "dapo": Comparison(
         # 40 tokens are so few that answers which work the steps out are often cut.
         one_more_each("GRPO", ["--max-completion-tokens", "40"], {

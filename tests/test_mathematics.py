@@ -10,6 +10,7 @@ from conftest import TINY
 
 import dapo
 import grpo
+import rlvr_math
 import sft
 from common import kl
 from common.generation import Completion
@@ -207,8 +208,10 @@ def test_t23_grpo_detail_8_sequence_ratio():
     close(rho[0], [1.105171] * 4)
 
 
-@pytest.mark.parametrize("module", [dapo, grpo])
-def test_grpo_detail_2_dapo_detail_2_ids_and_log_probabilities_are_the_samplers_own(module, tokenizer):
+@pytest.mark.parametrize("module", [dapo, grpo, rlvr_math])
+def test_grpo_detail_2_dapo_detail_2_rlvr_math_detail_2_ids_and_log_probabilities_are_the_samplers_own(
+    module, tokenizer
+):
     """Ids that no tokenizer would produce from their text, an id that is the pad token, and a cut completion."""
     apart = [tokenizer.encode(x, add_special_tokens=False)[0] for x in "<think>"]
     groups = [[Completion([*apart, 1, 0], [-0.5] * 9, True), Completion([1, 1], [-0.25, -2.0], False)]]

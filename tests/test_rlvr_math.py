@@ -244,11 +244,14 @@ def test_no_worker_outlives_its_parent(tmp_path):
     ("<think><answer>2</answer></think>", 0), ("so <think>x</think><answer>2</answer>", 0), ("", 0), ("</answer>", 0),
 ])  # fmt: skip
 def test_rlvr_math_detail_13_format_is_all_or_nothing(text, reward, tokenizer):
-    assert rlvr_math.format_reward(None, text) == reward
+    assert rlvr_math.well_formed_reward(None, text) == reward
     opened = tokenizer.encode("<think>", add_special_tokens=False)
     ids = tokenizer.encode("a</think><answer>2</answer>", add_special_tokens=False)
     texts = rlvr_math.texts_of(tokenizer, [{"ids": [5, *opened]}, {"ids": [5]}], [[Completion(ids, [], True)]] * 2)
-    assert [rlvr_math.format_reward(None, row[0]) for row in texts] == [1, 0]  # what the template has opened counts
+    assert [rlvr_math.well_formed_reward(None, row[0]) for row in texts] == [
+        1,
+        0,
+    ]  # what the template has opened counts
 
 
 def test_t21_rlvr_math_detail_1_advantages():

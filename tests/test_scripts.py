@@ -16,6 +16,7 @@ import dpo
 import grpo
 import ppo
 import reward_model
+import rlvr_math
 import sft
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
@@ -29,6 +30,7 @@ SHORT = {
     "sft": [*BRIEF, "--batch-size", 8, "--steps", 12],
     "grpo": [*BRIEF, "--batch-size", 4, "--num-samples", 4],
     "dapo": [*BRIEF, "--batch-size", 4, "--num-samples", 4, "--minibatches", 2, "--generation-batch-size", 6],
+    "rlvr_math": [*BRIEF, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 2],
     "dpo": [*BRIEF, *PAIRS, "--eval-samples", 1, "--batch-size", 8],
     "reward_model": [*BRIEF, *PAIRS, "--batch-size", 8],
     "ppo": [*BRIEF, *NEEDED["ppo"], "--batch-size", 4, "--update-epochs", 2, "--eval-samples", 1],
@@ -51,6 +53,8 @@ CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
             3,
         ],
     ),
+    "rlvr_math_experts": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "expert_iteration", "--save-verified"]),
+    "rlvr_math_rloo": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "rloo", "--minibatches", 2, "--beta", 0.1]),
     "dpo_kto": ("dpo", [*SHORT["dpo"], "--loss", "kto"]),
     "dpo_rpo": ("dpo", [*SHORT["dpo"], "--loss", "rpo"]),
     "dpo_online": ("dpo", [*SHORT["dpo"], "--iterations", 2, "--epochs", 0.2]),
@@ -274,10 +278,7 @@ def test_dpo_detail_4_dapo_detail_7_ppo_detail_13_microbatches_and_processes_cha
     assert metrics(tmp_path / "two")[-1]["step"] == 3
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sft_detail_7_grpo_detail_10_dapo_detail_10_dpo_detail_10_ppo_detail_10_reward_model_detail_12_resume_is_exact(
-    case, tmp_path
-):
+def check_resume(case, tmp_path):
     script, flags = CASES[case]
     run(script, *flags, "--output-dir", tmp_path / "whole")
     process = start(script, *flags, "--save-every", 2, "--output-dir", tmp_path / "killed")
@@ -289,6 +290,22 @@ def test_sft_detail_7_grpo_detail_10_dapo_detail_10_dpo_detail_10_ppo_detail_10_
     run(script, "--resume", tmp_path / "killed")
     same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
+    if (tmp_path / "whole" / "verified.jsonl").exists():
+        whole, killed = ((tmp_path / name / "verified.jsonl").read_text() for name in ("whole", "killed"))
+        assert whole == killed and whole
+
+
+OFFLINE = [case for case, (script, _) in CASES.items() if script in ("sft", "reward_model", "dpo")]
+
+
+@pytest.mark.parametrize("case", OFFLINE)
+def test_sft_detail_7_dpo_detail_10_reward_model_detail_12_resume_after_kill_9_is_exact(case, tmp_path):
+    check_resume(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OFFLINE])
+def test_ppo_detail_10_grpo_detail_10_dapo_detail_10_rlvr_math_detail_10_resume_is_exact(case, tmp_path):
+    check_resume(case, tmp_path)
 
 
 @pytest.mark.parametrize("script", SHORT)
@@ -306,7 +323,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, tmp_path):
 
 @pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT), ("dpo", signal.SIGTERM),
                                            ("reward_model", signal.SIGINT), ("ppo", signal.SIGTERM),
-                                           ("dapo", signal.SIGINT)])  # fmt: skip
+                                           ("dapo", signal.SIGINT), ("rlvr_math", signal.SIGTERM)])  # fmt: skip
 def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path):
     process = start(script, *SHORT[script], "--steps", 4000, "--output-dir", tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
@@ -431,13 +448,13 @@ def test_answers_that_are_numbers(tmp_path):
     run("grpo", *SHORT["grpo"], "--steps", 1, "--dataset", data, "--output-dir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", ["sft", "grpo", "dapo", "reward_model", "ppo"])
+@pytest.mark.parametrize("script", ["sft", "grpo", "dapo", "rlvr_math", "reward_model", "ppo"])
 def test_prompts_that_are_all_too_long(script, tmp_path):
     flags = [*NEEDED.get(script, []), "--dataset", write(tmp_path / "data.jsonl", GOOD * 20), "--max-prompt-tokens", 3]
     assert "--max-prompt-tokens" in fails(script, *flags, "--output-dir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("module", [dapo, dpo, grpo, ppo, reward_model, sft])
+@pytest.mark.parametrize("module", [dapo, dpo, grpo, ppo, reward_model, rlvr_math, sft])
 def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
     data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
     rows = module.load_rows(str(data), None, "train", (("question", "answer"),))
