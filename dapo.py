@@ -17,15 +17,15 @@ Paper: DAPO (arXiv:2503.14476). With all five switched off this is GRPO without 
     python dapo.py                                                                   # laptop, embedded model, 1 minute
     python dapo.py --clip-high 0.2 --no-dynamic-sampling --no-token-level-loss --overlong-cache 0         # plain GRPO
     python dapo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --learning-rate 1e-6 \
-        --max-completion-tokens 1024 --overlong-cache 256 --batch-size 64 --generation-batch-size 192      # one GPU
+        --max-completion-tokens 1024 --batch-size 64 --generation-batch-size 192     # one GPU
     torchrun --nproc-per-node 8 dapo.py --model Qwen/Qwen2.5-7B --dataset openai/gsm8k --subset main …
 
 What to look at: `eval/accuracy` rises, and `reward/answer` with it (−1 to 1, over all groups that were generated).
 `prompts/rounds` and `prompts/generated` against `prompts/trained` say what dynamic sampling costs; it grows as the
 policy improves, because more and more groups are all right, until a batch can no longer be filled: then these prompts
-are learned. `policy/clip_fraction` is above 0, since a rollout brings several updates, with `policy/clip_high_fraction`
-the part that clip-higher is about. `policy/entropy` should fall slowly; with --clip-high 0.2 it falls faster.
-`reward/overlong` near 0 means that answers fit into the budget.
+are learned, and the run ends with a sentence and its model. `policy/clip_fraction` is above 0, since a rollout brings
+several updates, with `policy/clip_high_fraction` the part that clip-higher is about. `policy/entropy_generated` falls
+as the policy makes up its mind; at 0 nothing is left to explore. `reward/overlong` near 0 means that answers fit.
 
 Implementation details that matter, each marked in the code under its number:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.
@@ -36,14 +36,16 @@ Implementation details that matter, each marked in the code under its number:
  6. Change 2, dynamic sampling: groups are kept by accuracy, not by reward, which length would make unequal even where
     all answers are right; sampling goes on until the batch is full.
  7. Change 3, token-level loss: every token of the whole optimizer step counts the same, over all microbatches and
-    processes; --no-token-level-loss is the mean over tokens, then sequences.
+    processes (the paper's formula says of a group, its authors' code of the step); --no-token-level-loss is the mean
+    over tokens, then sequences.
  8. Change 4, overlong filtering: a cut completion leaves the loss and its denominators, but not the group's baseline.
  9. The G completions of a prompt share its forward and backward.
 10. All randomness is a function of seed, step and the number of a prompt, and a checkpoint carries the position in the
     data and the surplus, so a resumed run repeats the uninterrupted one bit for bit.
 11. Change 5, soft overlong punishment: added to the reward of ±1 over the last L_cache tokens of the budget.
 12. Dual clip: for a negative advantage the loss of a token never exceeds c·|A|, however far its ratio has run.
-13. What is logged of a rollout is of all that was generated: of the kept groups none is all right or all wrong.
+13. Rewards, groups and lengths are logged of all that was generated, since of the kept groups none is all right or
+    all wrong; what stands under policy/ is of what was trained on, but for policy/entropy_generated.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -124,9 +126,9 @@ class Args:
     overlong_filtering: bool = False
     """4: completions that were cut do not enter the loss; a row of the paper's ablation that its best runs leave out,
     because it overlaps with the punishment"""
-    overlong_cache: int = 16
-    """5, soft overlong punishment: over the last so many tokens of the budget it falls from 0 to −1 (L_cache, a fifth
-    of L_max in the paper); 0 is off"""
+    overlong_cache: int | None = None
+    """5, soft overlong punishment: over the last so many tokens of the budget it falls from 0 to −1 (L_cache); by
+    default a fifth of the budget, as in the paper; 0 is off"""
 
     # algorithm
     num_samples: int = 8
@@ -140,11 +142,12 @@ class Args:
     minibatches: int = 4
     """optimizer steps per rollout; 16 in the paper; with one, clipping is inert"""
     generation_batch_size: int = 32
-    """dynamic sampling: prompts sampled per round, over all processes; three times the batch in the paper"""
+    """dynamic sampling: prompts sampled per round, over all processes; three times the batch in the authors' script"""
     max_rounds: int = 10
-    """dynamic sampling: rounds after which a batch that is not full is an error"""
+    """dynamic sampling: rounds after which a batch that is not full ends the run; 10 in the authors' script"""
     surplus: Literal["drop", "keep"] = "drop"
-    """dynamic sampling: groups beyond the batch are dropped (paper), or kept for the next step, a step off-policy"""
+    """dynamic sampling: groups beyond the batch are dropped (the authors' script), or kept for the next steps, older
+    than their weights by then, which policy/sampler_gap shows"""
 
     # optimisation
     steps: int = 20
@@ -156,7 +159,7 @@ class Args:
     learning_rate: float = 2e-4
     """peak; 2e-4 suits the embedded model, 1e-6 a pretrained one"""
     warmup_steps: int = 2
-    """rollouts of linear warm-up; 10 in the paper"""
+    """rollouts of linear warm-up; 10 in the authors' script"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """how the learning rate decays to zero after the warm-up"""
     weight_decay: float = 0.1
@@ -282,9 +285,15 @@ def is_correct(text: str, gold: str) -> bool:
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
     """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
-    refuses are dropped and counted."""
-    questions, refused = [], 0
-    for row in rows:
+    refuses are dropped and counted, and so are answers of which nothing is left."""
+    questions, refused, empty = [], 0, 0
+    for number, row in enumerate(rows, 1):
+        answer = row.get("answer")
+        if not isinstance(answer, (str, type(None))):
+            sys.exit(f"{source}, row {number}: an answer must be text or a number; it is {str(answer)[:60]}.")
+        if answer is not None and not answer.rpartition("####")[2].strip():
+            empty += 1
+            continue
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
@@ -292,14 +301,18 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
-            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
+            questions.append({"ids": ids, "gold": answer, "row": row})
+    if empty:
+        print(f"{source}: {empty} of {len(rows)} prompts dropped: their answer is empty.")
     if refused:
         print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
-    if long := len(rows) - refused - len(questions):
+    if long := len(rows) - empty - refused - len(questions):
         print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
-        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
+        sys.exit(
+            f"{source}: no prompt is left of {len(rows)}: {empty} have an empty answer, {refused} are refused by the "
+            f"chat template, {long} are longer than {max_tokens} tokens (--max-prompt-tokens)."
+        )
     return questions
 
 
@@ -318,21 +331,23 @@ class Questions:
 
 
 def sample_groups(sampler, tokenizer, data: Questions, numbers: list[int], args: Args) -> list[Group]:
-    """Groups of the questions with these numbers, sampled and judged, each process its share; all know all of them."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = numbers[rank::world]
+    """Groups of the questions with these numbers, sampled and judged."""
     sampling = {"num_samples": args.num_samples, "temperature": args.temperature, "seed": args.seed * 1_000_003}
-    prompts = [data[n]["ids"] for n in mine]
-    groups = sampler.generate(prompts, args.max_completion_tokens, **sampling, indices=mine)  # detail 10
-    found = [
+    prompts = [data[n]["ids"] for n in numbers]
+    groups = sampler.generate(prompts, args.max_completion_tokens, **sampling, indices=numbers)  # detail 10
+    return [
         Group(n, group, [is_correct(tokenizer.decode(c.ids, skip_special_tokens=True), data[n]["gold"]) for c in group])
-        for n, group in zip(mine, groups)
+        for n, group in zip(numbers, groups)
     ]
+
+
+def gather_groups(groups: list[Group], world: int) -> list[Group]:
+    """Those of all processes, in the order of their numbers, on every process."""
+    everyone = [groups]
     if world > 1:
         everyone = [[] for _ in range(world)]
-        dist.all_gather_object(everyone, found)
-        found = sorted(group for part in everyone for group in part)
-    return found
+        dist.all_gather_object(everyone, groups)
+    return sorted((group for part in everyone for group in part), key=lambda group: group.number)
 
 
 def rewards_of(groups: list[Group], args: Args) -> dict[str, torch.Tensor]:
@@ -457,23 +472,34 @@ def rollout_metrics(rewards: dict, groups: list[list[Completion]], device) -> di
     }
 
 
-def stop_unfilled(run: Run, step: int, generated: list[Group], kept: int, secure) -> None:
-    """End a run whose prompts no longer fill a batch, after `secure` has saved what it has learned."""
-    args, right = run.args, sum(all(group.correct) for group in generated) / len(generated)
-    wrong = sum(not any(group.correct) for group in generated) / len(generated)
-    if right >= wrong:
+def generation_metrics(generated: list[Group], elapsed: float, args: Args, device) -> dict:
+    """What a step's own groups tell, kept or not; nothing where it lived on the surplus. generated: of this process."""
+    if not generated:
+        return {}
+    logprobs = [logprob for group in generated for c in group.completions for logprob in c.logprobs]
+    surprise, tokens = reduce_over_processes([-sum(logprobs), len(logprobs)], device)
+    told = rollout_metrics(rewards_of(generated, args), [group.completions for group in generated], device)
+    told |= {"policy/entropy_generated": surprise / tokens, "throughput/tokens_per_second": tokens / elapsed}
+    return told  # detail 13
+
+
+def why_unfilled(generated: list[Group], kept: int, args: Args, device) -> str:
+    """What a user should know and do where a batch could not be filled. generated: of this process."""
+    right, wrong = sum(all(g.correct) for g in generated), sum(not any(g.correct) for g in generated)
+    right, wrong, count = reduce_over_processes([right, wrong, len(generated)], device)
+    if right > 0.9 * count:
         advice = "The policy has learned these prompts: stop here, or go on with harder ones in --dataset"
-    else:
+    elif wrong > 0.9 * count:
         advice = (
             "The policy cannot solve these prompts, or its answers are not read: look at samples.jsonl, start with "
             "easier prompts or a better --model, or raise --num-samples or --max-completion-tokens"
         )
-    secure()
-    sys.exit(
-        f"Step {step}: {args.max_rounds} rounds of {args.generation_batch_size} prompts gave {kept} groups with "
-        f"right and wrong answers, fewer than --batch-size {args.batch_size}: {right:.0%} of the groups were all "
-        f"right, {wrong:.0%} all wrong. {advice}; more --max-rounds or a smaller --batch-size help where it is close. "
-        f"The model is in {run.folder / 'model'}, its checkpoint is {newest_checkpoint(run.folder)}."
+    else:
+        advice = "Some prompts are learned and the rest are out of reach: change --dataset, or raise --num-samples"
+    return (
+        f"After {args.max_rounds} rounds of {args.generation_batch_size} prompts there are {kept} groups with right "
+        f"and wrong answers, fewer than --batch-size {args.batch_size}: {right / count:.0%} are all right, "
+        f"{wrong / count:.0%} all wrong. {advice}; more --max-rounds or a smaller --batch-size help where it is close."
     )
 
 
@@ -482,6 +508,8 @@ def stop_unfilled(run: Run, step: int, generated: list[Group], kept: int, secure
 
 def main(args: Args) -> dict:
     args = resumed_args(args, "dapo")
+    if args.overlong_cache is None:
+        args = replace(args, overlong_cache=args.max_completion_tokens // 5)
     check_dapo_args(args)
     device, rank, world = start_processes(args.device)
     stop = catch_stop_signals()
@@ -517,11 +545,6 @@ def main(args: Args) -> dict:
         sampler.sync()
         return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)[:2]
 
-    def secure(step: int) -> None:
-        if newest_checkpoint(run.folder) != run.folder / "checkpoints" / f"step-{step:06d}":
-            save_checkpoint(run, step, policy, optimizer)
-        save_model(run, policy, tokenizer, stops, bfloat16)
-
     run.carried = {"drawn": 0, "trained": 0, "surplus": []}  # numbers drawn from the data, trained on, groups left over
     first = load_checkpoint(run, policy, optimizer, args.steps) if args.resume else 0
     if not args.resume:
@@ -532,21 +555,26 @@ def main(args: Args) -> dict:
 
         # Sample and judge, until the batch is full of groups that can teach something.
         sampler.sync()
-        drawn, rounds, generated = run.carried["drawn"], 0, []
+        drawn, rounds, generated = run.carried["drawn"], 0, []  # `generated` is of this process, `kept` of all
         kept = [Group(n, [Completion(*c) for c in group], correct) for n, group, correct in run.carried["surplus"]]
         size = args.generation_batch_size if args.dynamic_sampling else args.batch_size
-        while len(kept) < args.batch_size:
-            if rounds == args.max_rounds:
-                stop_unfilled(run, step, generated, len(kept), partial(secure, step - 1))
-            generated += (sampled := sample_groups(sampler, tokenizer, data, list(range(drawn, drawn + size)), args))
-            kept += [group for group in sampled if is_mixed(group.correct) or not args.dynamic_sampling]
+        while len(kept) < args.batch_size and rounds < args.max_rounds:
+            sampled = sample_groups(sampler, tokenizer, data, list(range(drawn + rank, drawn + size, world)), args)
+            teaching = [group for group in sampled if is_mixed(group.correct) or not args.dynamic_sampling]
+            kept += gather_groups(teaching, world)
+            generated += sampled
             drawn, rounds = drawn + size, rounds + 1
+        if len(kept) < args.batch_size:
+            unfilled = why_unfilled(generated, len(kept), args, device)
+            break
         batch, surplus = kept[: args.batch_size], kept[args.batch_size :]
         sample_time = time.perf_counter() - began
 
         # Score, and compare within each group.
-        positions = list(range(rank, len(batch), world))  # of this process's groups in the batch
-        mine = [batch[p] for p in positions]
+        shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        order = torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1)
+        order = order[:, rank::world]  # of every minibatch each process takes its share
+        mine = [batch[i] for i in order.flatten().tolist()]
         rewards = rewards_of(mine, args)
         advantages = standardised_advantages(rewards["total"]).flatten().to(device)  # [B]
         rollout = Rollout([data[group.number]["ids"] for group in mine], [group.completions for group in mine], device)
@@ -558,11 +586,12 @@ def main(args: Args) -> dict:
         # Update.
         sums, first_sums, ratio_max, policy_losses, grad_norms = Counter(), Counter(), 0.0, [], []
         rate = learning_rate_at(step, args.steps, args)
-        shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        for chosen in torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1).tolist():
-            rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
+        for chosen in torch.arange(len(mine)).view(order.shape).tolist():
+            rows = rollout.rows_of(chosen)
             counts = [float(action_mask[rows].any(1).sum()), float(action_mask[rows].sum())]
             sequences, tokens = reduce_over_processes(counts, device)
+            if not tokens:  # overlong filtering has left nothing: no step, for Adam moves without a gradient too
+                continue
             total_loss = 0.0
             for part, weight in rollout.microbatches(rows, args.microbatch_tokens):
                 logprobs, entropy = rollout.token_logprobs(policy, part, args.temperature, bfloat16)  # [b, T]
@@ -577,6 +606,9 @@ def main(args: Args) -> dict:
                 ratio_max = max(ratio_max, float((ratio * mask).max()))
                 statistics = policy_statistics(logprobs, old_logprobs, None, entropy, ratio, advantage > 0, mask, args)
                 statistics["clip_high_fraction"] = float(((ratio > 1 + args.clip_high) * (advantage > 0) * mask).sum())
+                if args.dual_clip:
+                    bounded = (ratio > args.dual_clip) * (advantage < 0)
+                    statistics["dual_clip_fraction"] = float((bounded * mask).sum())
                 sums.update(statistics)
                 if not grad_norms:  # before the first update policy and sampler have the same weights
                     first_sums.update(statistics)
@@ -589,26 +621,25 @@ def main(args: Args) -> dict:
             "trained": run.carried["trained"] + len(batch),
             "surplus": surplus if args.surplus == "keep" else [],
         }
-        share = generated[rank::world]  # detail 13
-        told = rollout_metrics(rewards_of(share, args), [g.completions for g in share], device) if share else {}
         elapsed = time.perf_counter() - began
         sums, first_sums = sum_over_processes(sums, device), sum_over_processes(first_sums, device)
-        tokens = max(sums.pop("tokens"), 1)
+        tokens = sums.pop("tokens", 0.0)
+        trained = {f"policy/{name}": value / tokens for name, value in sums.items()}
+        if tokens:
+            trained["policy/sampler_gap"] = first_sums["sampler_gap"] / first_sums["tokens"]
+            trained["policy/ratio_max"] = reduce_over_processes([ratio_max], device, maximum=True)[0]
         metrics, samples = {
-            **told,
+            **generation_metrics(generated, elapsed, args, device),
+            **trained,
             "prompts/rounds": rounds,
             "prompts/generated": drawn,
             "prompts/trained": run.carried["trained"],
-            **{f"policy/{name}": value / tokens for name, value in sums.items()},
-            "policy/sampler_gap": first_sums["sampler_gap"] / max(first_sums["tokens"], 1),
-            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=True)[0],
-            "loss/policy": sum(policy_losses) / len(policy_losses),
-            "optim/grad_norm": sum(grad_norms) / len(grad_norms),
+            "loss/policy": sum(policy_losses) / max(len(policy_losses), 1),
+            "optim/grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
             "optim/learning_rate": rate,
             "time/step": elapsed,
             "time/sample": sample_time,
             "time/train": elapsed - sample_time,
-            "throughput/tokens_per_second": tokens / elapsed,
             "memory/peak_gb": peak_memory_gb(device),
         }, []  # fmt: skip
         stopping = stop_requested(stop, device)
@@ -621,20 +652,31 @@ def main(args: Args) -> dict:
         if stopping and step < args.steps:
             return run.finish(f"python dapo.py --resume {run.folder}", stopped=stopping)
 
+    else:
+        save_model(run, policy, tokenizer, stops, bfloat16)
+        return run.finish(f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only --eval-samples 32")
+
+    # A batch could not be filled: what has been learned is measured and kept.
+    if run.carried["trained"]:
+        run.log(step - 1, *evaluate())
     save_model(run, policy, tokenizer, stops, bfloat16)
-    return run.finish(f"python dapo.py --resume {run.folder} --steps {2 * args.steps}")
+    if dist.is_initialized():
+        dist.barrier()  # torchrun ends the other processes as soon as one has ended with an error
+    run.finish(f"python dapo.py --model {run.folder / 'model'} --max-rounds {2 * args.max_rounds}")
+    sys.exit(unfilled if run.is_main else 0)
 
 
 def check_dapo_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
     if args.num_samples < 2:
         sys.exit("--num-samples 1: a completion is compared with its siblings, so every prompt needs at least 2.")
-    counts = (args.batch_size, args.microbatch_tokens, args.minibatches, args.steps, args.max_rounds)
-    if min(*counts, args.generation_batch_size) < 1:
-        sys.exit(
-            "--batch-size, --microbatch-tokens, --minibatches, --steps, --max-rounds and --generation-batch-size must "
-            "be at least 1."
-        )
+    counts = ("batch_size", "microbatch_tokens", "minibatches", "steps", "max_rounds", "generation_batch_size",
+              "eval_rows", "eval_samples")  # fmt: skip
+    for name in counts:
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1.")
+    if not (0 <= args.clip_low < 1 and args.clip_high >= 0):
+        sys.exit(f"--clip-low {args.clip_low} must lie in [0, 1) and --clip-high {args.clip_high} be at least 0.")
     if args.temperature <= 0:
         sys.exit("--temperature must be above 0: greedy sampling leaves nothing to compare.")
     if not 0 <= args.overlong_cache < args.max_completion_tokens:
@@ -648,9 +690,18 @@ def check_dapo_args(args: Args) -> None:
     if args.batch_size % args.minibatches:
         sys.exit(f"--batch-size {args.batch_size} prompts cannot be divided into --minibatches {args.minibatches}.")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for flag, value in (("batch-size", args.batch_size), ("generation-batch-size", args.generation_batch_size)):
-        if value % world:
-            sys.exit(f"--{flag} {value} cannot be divided among {world} processes; take a multiple of it.")
+    if (args.batch_size // args.minibatches) % world:
+        sys.exit(
+            f"--batch-size {args.batch_size} in --minibatches {args.minibatches} cannot be divided among {world} "
+            "processes."
+        )
+    if args.dynamic_sampling and args.generation_batch_size % world:
+        sys.exit(f"--generation-batch-size {args.generation_batch_size} cannot be divided among {world} processes.")
+    if args.dynamic_sampling and args.generation_batch_size * args.max_rounds < args.batch_size:
+        sys.exit(
+            f"--generation-batch-size {args.generation_batch_size} × --max-rounds {args.max_rounds} can never fill "
+            f"--batch-size {args.batch_size}."
+        )
 
 
 # =============================================================== plumbing: the same in every script, not the algorithm
@@ -988,7 +1039,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
-    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    Data order, noise and samples are functions of seed and step; what a script has beyond that is in `run.carried`.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(f".writing-{final.name}")

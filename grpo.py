@@ -294,9 +294,15 @@ def aggregate(
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
     """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
-    refuses are dropped and counted."""
-    questions, refused = [], 0
-    for row in rows:
+    refuses are dropped and counted, and so are answers of which nothing is left."""
+    questions, refused, empty = [], 0, 0
+    for number, row in enumerate(rows, 1):
+        answer = row.get("answer")
+        if not isinstance(answer, (str, type(None))):
+            sys.exit(f"{source}, row {number}: an answer must be text or a number; it is {str(answer)[:60]}.")
+        if answer is not None and not answer.rpartition("####")[2].strip():
+            empty += 1
+            continue
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
@@ -304,14 +310,18 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
-            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
+            questions.append({"ids": ids, "gold": answer, "row": row})
+    if empty:
+        print(f"{source}: {empty} of {len(rows)} prompts dropped: their answer is empty.")
     if refused:
         print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
-    if long := len(rows) - refused - len(questions):
+    if long := len(rows) - empty - refused - len(questions):
         print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
-        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
+        sys.exit(
+            f"{source}: no prompt is left of {len(rows)}: {empty} have an empty answer, {refused} are refused by the "
+            f"chat template, {long} are longer than {max_tokens} tokens (--max-prompt-tokens)."
+        )
     return questions
 
 
@@ -351,9 +361,8 @@ def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0
     return scores.mean(0) - (penalty * scores.var(0, correction=0) if how == "uwo" else 0)
 
 
-def load_scalar_models(path: str, flag: str, trust_remote_code: bool, device) -> tuple:
-    """Tokenizer, config and members of the sequence classifier with one label at `path`, which `flag` named."""
-    config = load_config(path, trust_remote_code, flag)
+def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, device) -> tuple:
+    """Tokenizer and members of the sequence classifier with one label at `path`, which `flag` named."""
     if getattr(config, "num_labels", 0) != 1:
         sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
     tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
@@ -370,7 +379,7 @@ def load_scalar_models(path: str, flag: str, trust_remote_code: bool, device) ->
         if model._supports_attention_backend:
             model.set_attn_implementation("layout")
         members.append(model.to(device).eval().requires_grad_(False))
-    return tokenizer, config, members
+    return tokenizer, members
 
 
 def load_reward_model(args, device, bfloat16: bool):
@@ -380,9 +389,10 @@ def load_reward_model(args, device, bfloat16: bool):
     `reward_std` normalise a score; --ensemble-score joins those of the members of an ensemble.
     """
     path, flag = args.reward_model, "--reward-model"
-    tokenizer, config, members = load_scalar_models(path, flag, args.trust_remote_code, device)
+    config = load_config(path, args.trust_remote_code, flag)
     if getattr(config, "reward_kind", "outcome") != "outcome":
         sys.exit(f"{flag} {path}: a process model, which scores single steps; take one trained with --kind outcome.")
+    tokenizer, members = load_scalar_models(path, flag, config, args.trust_remote_code, device)
     context = config.get_text_config().max_position_embeddings
 
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
@@ -676,8 +686,17 @@ def check_grpo_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
     if args.num_samples < 2:
         sys.exit("--num-samples 1: a completion is compared with its siblings, so every prompt needs at least 2.")
-    if min(args.batch_size, args.microbatch_tokens, args.minibatches, args.update_epochs, args.steps) < 1:
-        sys.exit("--batch-size, --microbatch-tokens, --minibatches, --update-epochs and --steps must be at least 1.")
+    for name in (
+        "batch_size",
+        "microbatch_tokens",
+        "minibatches",
+        "update_epochs",
+        "steps",
+        "eval_rows",
+        "eval_samples",
+    ):
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1.")
     if args.temperature <= 0:
         sys.exit("--temperature must be above 0: greedy sampling leaves nothing to compare.")
     if args.batch_size % args.minibatches:
@@ -1022,7 +1041,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
-    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    Data order, noise and samples are functions of seed and step; what a script has beyond that is in `run.carried`.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(f".writing-{final.name}")

@@ -1251,7 +1251,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
-    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    Data order, noise and samples are functions of seed and step; what a script has beyond that is in `run.carried`.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(f".writing-{final.name}")

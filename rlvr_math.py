@@ -793,10 +793,12 @@ def load_reranker(args: Args, device, bfloat16: bool):
     """What --reranker names, as a function from (prompt, completion text) pairs to scores between 0 and 1.
 
     Of an outcome model the sigmoid of the score; of a process model the product (or minimum) of the probabilities that
-    its steps are right, the reasoning being cut into steps at the separator that it was trained with.
+    its steps are right, the reasoning being cut into steps at the separator that it was trained with; without a step
+    there is nothing that it could vouch for, and the score is 0.
     """
     path, flag = args.reranker, "--reranker"
-    tokenizer, config, members = load_scalar_models(path, flag, args.trust_remote_code, device)
+    config = load_config(path, args.trust_remote_code, flag)
+    tokenizer, members = load_scalar_models(path, flag, config, args.trust_remote_code, device)
     is_process = getattr(config, "reward_kind", "outcome") == "process"
     if any(not isinstance(getattr(model, "score", None), torch.nn.Linear) for model in members):
         sys.exit(f"{flag} {path}: has no linear head named `score`, as what reward_model.py makes has.")
@@ -808,14 +810,14 @@ def load_reranker(args: Args, device, bfloat16: bool):
             ids = render_chat(tokenizer, [*as_messages(prompt, "user"), {"role": "assistant", "content": text}]).ids
             return ids[-context:], [len(ids[-context:]) - 1]
         ids, ends = encode_prompt(tokenizer, prompt), []
-        reasoning = text.rpartition("</think>")[0] or text
+        reasoning = (text.rpartition("</think>")[0] or text).partition("<answer>")[0]
         for step in filter(str.strip, reasoning.split(config.reward_separator)):
             step_ids = encode_text(tokenizer, step, by_assistant=True) + encode_text(tokenizer, config.reward_separator)
             if len(ids) + len(step_ids) > context:
                 break
             ids += step_ids
             ends.append(len(ids) - 1)
-        return ids, ends or [len(ids) - 1]
+        return ids, ends
 
     @torch.no_grad()
     def scores_of(model, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
@@ -837,8 +839,8 @@ def load_reranker(args: Args, device, bfloat16: bool):
         rows = [encode(prompt, text) for prompt, text in pairs]
         members_scores = zip(*(scores_of(model, rows) for model in members))
         values = [torch.stack(scores).mean(0).sigmoid() for scores in members_scores]
-        use_minimum = is_process and config.reward_aggregation == "min"
-        return [float(value.amin() if use_minimum else value.prod()) for value in values]
+        join = torch.amin if getattr(config, "reward_aggregation", "product") == "min" else torch.prod
+        return [float(join(value)) if len(value) else 0.0 for value in values]
 
     return reranker
 
@@ -848,9 +850,15 @@ def load_reranker(args: Args, device, bfloat16: bool):
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
     """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
-    refuses are dropped and counted."""
-    questions, refused = [], 0
-    for row in rows:
+    refuses are dropped and counted, and so are answers of which nothing is left."""
+    questions, refused, empty = [], 0, 0
+    for number, row in enumerate(rows, 1):
+        answer = row.get("answer")
+        if not isinstance(answer, (str, type(None))):
+            sys.exit(f"{source}, row {number}: an answer must be text or a number; it is {str(answer)[:60]}.")
+        if answer is not None and not answer.rpartition("####")[2].strip():
+            empty += 1
+            continue
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
@@ -858,20 +866,23 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
-            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
+            questions.append({"ids": ids, "gold": answer, "row": row})
+    if empty:
+        print(f"{source}: {empty} of {len(rows)} prompts dropped: their answer is empty.")
     if refused:
         print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
-    if long := len(rows) - refused - len(questions):
+    if long := len(rows) - empty - refused - len(questions):
         print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
-        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
+        sys.exit(
+            f"{source}: no prompt is left of {len(rows)}: {empty} have an empty answer, {refused} are refused by the "
+            f"chat template, {long} are longer than {max_tokens} tokens (--max-prompt-tokens)."
+        )
     return questions
 
 
-def load_scalar_models(path: str, flag: str, trust_remote_code: bool, device) -> tuple:
-    """Tokenizer, config and members of the sequence classifier with one label at `path`, which `flag` named."""
-    config = load_config(path, trust_remote_code, flag)
+def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, device) -> tuple:
+    """Tokenizer and members of the sequence classifier with one label at `path`, which `flag` named."""
     if getattr(config, "num_labels", 0) != 1:
         sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
     tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
@@ -888,7 +899,7 @@ def load_scalar_models(path: str, flag: str, trust_remote_code: bool, device) ->
         if model._supports_attention_backend:
             model.set_attn_implementation("layout")
         members.append(model.to(device).eval().requires_grad_(False))
-    return tokenizer, config, members
+    return tokenizer, members
 
 
 def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier) -> list[dict]:
@@ -1386,12 +1397,13 @@ def check_rlvr_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
     if args.num_samples < 2 and args.algorithm in ("rloo", "grpo", "dr_grpo"):
         sys.exit(f"--num-samples 1: {args.algorithm} compares a completion with its siblings; take at least 2.")
-    counts = (args.batch_size, args.microbatch_tokens, args.minibatches, args.update_epochs, args.steps)
-    if min(*counts, args.num_samples, args.eval_samples, args.grading_workers, args.keep_per_question) < 1:
-        sys.exit(
-            "--batch-size, --microbatch-tokens, --minibatches, --update-epochs, --steps, --num-samples, "
-            "--eval-samples, --grading-workers and --keep-per-question must be at least 1."
-        )
+    counts = ("batch_size", "microbatch_tokens", "minibatches", "update_epochs", "steps", "num_samples", "eval_rows",
+              "eval_samples", "grading_workers", "keep_per_question")  # fmt: skip
+    for name in counts:
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1.")
+    if not (0 <= args.clip_low < 1 and args.clip_high >= 0):
+        sys.exit(f"--clip-low {args.clip_low} must lie in [0, 1) and --clip-high {args.clip_high} be at least 0.")
     if args.temperature <= 0:
         sys.exit("--temperature must be above 0: greedy sampling leaves nothing to compare.")
     if args.grading_seconds <= 0:
@@ -1743,7 +1755,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
-    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    Data order, noise and samples are functions of seed and step; what a script has beyond that is in `run.carried`.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(f".writing-{final.name}")

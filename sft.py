@@ -189,9 +189,15 @@ COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("te
 
 def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) -> list[dict]:
     """Rows as questions: prompt ids, gold answer and the row. Prompts that are over `max_tokens` or that the template
-    refuses are dropped and counted."""
-    questions, refused = [], 0
-    for row in rows:
+    refuses are dropped and counted, and so are answers of which nothing is left."""
+    questions, refused, empty = [], 0, 0
+    for number, row in enumerate(rows, 1):
+        answer = row.get("answer")
+        if not isinstance(answer, (str, type(None))):
+            sys.exit(f"{source}, row {number}: an answer must be text or a number; it is {str(answer)[:60]}.")
+        if answer is not None and not answer.rpartition("####")[2].strip():
+            empty += 1
+            continue
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
@@ -199,14 +205,18 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
-            questions.append({"ids": ids, "gold": row.get("answer"), "row": row})
+            questions.append({"ids": ids, "gold": answer, "row": row})
+    if empty:
+        print(f"{source}: {empty} of {len(rows)} prompts dropped: their answer is empty.")
     if refused:
         print(f"{source}: {refused} of {len(rows)} prompts dropped: the chat template refuses their roles or content.")
-    if long := len(rows) - refused - len(questions):
+    if long := len(rows) - empty - refused - len(questions):
         print(f"{source}: {long} of {len(rows)} prompts dropped: over {max_tokens} tokens.")
     if rows and not questions:
-        why = "is refused by the chat template" if refused == len(rows) else f"is longer than {max_tokens} tokens"
-        sys.exit(f"{source}: every prompt {why}; raise --max-prompt-tokens or look at the rows.")
+        sys.exit(
+            f"{source}: no prompt is left of {len(rows)}: {empty} have an empty answer, {refused} are refused by the "
+            f"chat template, {long} are longer than {max_tokens} tokens (--max-prompt-tokens)."
+        )
     return questions
 
 
@@ -464,8 +474,8 @@ def main(args: Args) -> dict:
 
 def check_sft_args(args: Args) -> None:
     """Refuse settings that cannot work together, before anything is loaded."""
-    if args.batch_size < 1 or args.microbatch_tokens < 1 or args.eval_samples < 1:
-        sys.exit("--batch-size, --microbatch-tokens and --eval-samples must be at least 1.")
+    if min(args.batch_size, args.microbatch_tokens, args.eval_samples, args.eval_rows) < 1:
+        sys.exit("--batch-size, --microbatch-tokens, --eval-samples and --eval-rows must be at least 1.")
     if args.neftune_alpha and not args.packing:
         sys.exit("--neftune-alpha needs packed documents, whose lengths it scales with; leave --packing on.")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -835,7 +845,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
-    Data order, noise and samples are functions of seed and step, so the step is all the state that they have.
+    Data order, noise and samples are functions of seed and step; what a script has beyond that is in `run.carried`.
     """
     final = run.folder / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(f".writing-{final.name}")

@@ -53,7 +53,7 @@ COMPARISONS = {
             "token-level loss": (["--no-token-level-loss"], ["--token-level-loss"]),
             "dynamic sampling": (["--no-dynamic-sampling"], ["--dynamic-sampling"]),
         }),
-        {**EVALUATED, "policy/entropy": "entropy", "completions/truncated_fraction": "cut",
+        {**EVALUATED, "policy/entropy_generated": "entropy", "completions/truncated_fraction": "cut",
          "prompts/generated": "prompts generated", "prompts/trained": "prompts trained"},
     ),
 }  # fmt: skip
@@ -65,12 +65,12 @@ def run(script: str, flags: list[str], seed: int) -> list[dict]:
         command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--seed", str(seed), "--output-dir", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+            sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}")
         return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def cell(runs: list[list[dict]], name: str) -> str:
-    """Of an evaluated metric all evaluations, of a count its last value, of others the mean over all steps."""
+    """Of an evaluated metric all evaluations, of a count its last value, of others the first and last third."""
     series = [[row[name] for row in rows if name in row] for rows in runs]
     if not all(series):
         return "–"
@@ -78,7 +78,10 @@ def cell(runs: list[list[dict]], name: str) -> str:
         return " → ".join(f"{statistics.mean(values):.2f}" for values in zip(*series))
     if name.startswith("prompts/"):
         return f"{statistics.mean(values[-1] for values in series):,.0f}"
-    return f"{statistics.mean(statistics.mean(values) for values in series):.3f}"
+    third = max(1, min(map(len, series)) // 3)
+    first = statistics.mean(value for values in series for value in values[:third])
+    last = statistics.mean(value for values in series for value in values[-third:])
+    return f"{first:.3f} → {last:.3f}"
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def test_t26_dapo_detail_6_groups_are_kept_by_accuracy_not_by_reward():
         group(2, [True, False, False, True], [5, 5, 5, 5]),
         group(3, [True] * 4, [5, 50, 60, 64]),  # all right, rewards unequal by their lengths
     ]
-    rewards = dapo.rewards_of(groups, dapo.Args())
+    rewards = dapo.rewards_of(groups, dapo.Args(overlong_cache=16))
     assert rewards["total"][3].std() > 0 and rewards["answer"][1].tolist() == [-1] * 4
     assert [g.number for g in groups if dapo.is_mixed(g.correct)] == [2]
 
@@ -81,7 +81,7 @@ def test_t22_dapo_detail_7_token_level_loss():
         close(dapo.mean_over_step(losses, mask * 0, token_level, 0, 0), 0.0)  # nothing left after filtering
 
 
-def test_questions_are_passes_that_are_each_shuffled_anew():
+def test_dapo_detail_10_questions_are_passes_that_are_each_shuffled_anew():
     data = dapo.Questions([{"n": n} for n in range(7)], seed=1)
     passes = [[data[7 * k + n]["n"] for n in range(7)] for k in range(3)]
     assert all(sorted(order) == list(range(7)) for order in passes) and len({tuple(order) for order in passes}) == 3
@@ -161,19 +161,43 @@ def test_all_five_changes_off_is_plain_grpo(tmp_path):
 
 
 @pytest.mark.parametrize("answer,sentence,advice", [
-    ("nothing", "100% all wrong", "cannot solve these prompts"),
-    ("right", "100% of the groups were all right", "has learned these prompts"),
+    ("nothing", "0% are all right, 100% all wrong", "cannot solve these prompts"),
+    ("right", "100% are all right, 0% all wrong", "has learned these prompts"),
+    ("half", "50% are all right, 50% all wrong", "Some prompts are learned and the rest are out of reach"),
 ])  # fmt: skip
 def test_a_batch_that_cannot_be_filled(answer, sentence, advice, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dapo, "is_correct", lambda text, gold: answer == "right")
+    judged = {"nothing": lambda n: False, "right": lambda n: True, "half": lambda n: n.number % 2 == 0}[answer]
+    real = dapo.sample_groups
+    monkeypatch.setattr(dapo, "sample_groups", lambda *a: [g._replace(correct=[judged(g)] * 2) for g in real(*a)])
     small = {"batch_size": 2, "minibatches": 1, "num_samples": 2, "eval_rows": 2, "eval_samples": 1}
-    args = dapo.Args(**small, max_rounds=2, generation_batch_size=3, output_dir=str(tmp_path))
+    args = dapo.Args(**small, max_rounds=2, generation_batch_size=4, output_dir=str(tmp_path))
     with pytest.raises(SystemExit) as exit:
         dapo.main(args)
     told = str(exit.value)
-    assert sentence in told and advice in told and "2 rounds of 3 prompts gave 0 groups" in told
-    assert "step-000000" in told and (tmp_path / "model" / "model.safetensors").exists()
-    assert (tmp_path / "checkpoints" / "step-000000" / "state.json").exists()
+    assert sentence in told and advice in told and "2 rounds of 4 prompts there are 0 groups" in told
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert f"next: python dapo.py --model {tmp_path / 'model'} --max-rounds 4" in capfd.readouterr().out
+
+
+def test_two_processes_end_a_batch_that_cannot_be_filled(tmp_path):
+    """After steps that were taken: what they have brought is measured, and the sentence told once."""
+    easy = tmp_path / "easy.jsonl"
+    easy.write_text('{"prompt": "1+1=?", "answer": "none of these"}\n' * 30)
+    told = fails("dapo", *SMALL, "--max-rounds", 1, "--dataset", easy, "--eval-dataset", TINY / "maths_test.jsonl",
+                 "--output-dir", tmp_path / "run", processes=2)  # fmt: skip
+    assert told.count("100% all wrong") == 1 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_resume_goes_on_with_the_surplus(tmp_path):
+    flags = [*SMALL, "--surplus", "keep", "--generation-batch-size", 12, "--save-every", 1]
+    run("dapo", *flags, "--steps", 3, "--output-dir", tmp_path / "whole")
+    run("dapo", *flags, "--steps", 1, "--lr-schedule", "constant", "--output-dir", tmp_path / "part")
+    state = json.loads((tmp_path / "part/checkpoints/step-000001/state.json").read_text())
+    assert state["carried"]["surplus"] and state["carried"]["drawn"] == 12
+    run("dapo", "--resume", tmp_path / "part", "--steps", 3)
+    for a, b in zip(metrics(tmp_path / "whole")[1:], metrics(tmp_path / "part")[1:], strict=True):
+        same = {"prompts/generated", "policy/entropy", "optim/grad_norm", "loss/policy"}
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
 
 
 def test_settings_of_dapo():
@@ -182,4 +206,7 @@ def test_settings_of_dapo():
     told = fails("dapo", "--overlong-cache", 64)
     assert "--overlong-cache 64 must be below the budget" in told
     assert "--dual-clip 0.5 must be above 1" in fails("dapo", "--dual-clip", 0.5)
+    assert "--clip-low 2.0 must lie in" in fails("dapo", "--clip-low", 2)
+    assert "--eval-rows 0 must be at least 1" in fails("dapo", "--eval-rows", 0)
+    assert "can never fill" in fails("dapo", "--max-rounds", 1, "--generation-batch-size", 8)
     assert "needs the columns prompt + answer" in fails("dapo", "--dataset", TINY / "corpus.jsonl")
