@@ -3,7 +3,7 @@
 The policy writes G solutions to every question, a verifier compares each final answer with the right one, and what
 was right becomes more likely. Signal: correctness, decided exactly or by algebra. Optimizer: one dial of five, from
 plain REINFORCE over GRPO to likelihood on verified samples. Leash: the clip, and KL to the start if --beta asks for
-it. Defence against reward hacking: a verifier that takes no guess, no half answer and no unevaluated one.
+it. Defence against reward hacking: a verifier that takes no guess, no half answer, and for a number only a number.
 
     r_i = answer_weight · [right] + format_weight · [well formed]                     over the G solutions of a question
     reinforce          A_i = r_i                              L = −mean_i Σ_t A_i · log π(y_t)
@@ -26,22 +26,24 @@ The verifier is there for others too: `from rlvr_math import grade; grade("so \\
 
 What to look at: `eval/accuracy` (pass@1, the mean over samples) with its interval, and `eval/completion_length`: both
 rise together where thinking pays. `eval/maj@8` lies above `eval/accuracy` while the policy is unsure, and meets it as
-`policy/entropy` falls; `eval/pass@8` that stands still while accuracy rises says that the policy learns to choose among
-what it could do already. `answers/none` (no answer stated) should fall to 0, `answers/timeout` be 0 always. Losses say
-little: those with a ratio are near 0, whatever the gradient is.
+`policy/entropy_generated` falls; `eval/pass@8` that stands still while accuracy rises says that the policy learns to
+choose among what it could do already. `answers/none` (no answer stated) should fall to 0, `answers/timeout` be 0
+always. Losses say little: those with a ratio are near 0, whatever the gradient is.
 
 Implementation details that matter, each marked in the code under its number:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.
  2. Token ids and old log-probabilities are the sampler's own; nothing sampled is decoded and tokenised again.
  3. Logits are divided by the sampling temperature in every forward, of the policy and of the reference.
- 4. The stop token is an action; masks come from lengths; a completion that was cut has no stop token.
+ 4. The stop token is an action; masks come from lengths; a completion that was cut has no stop token and, whatever
+    it says, earns nothing.
  5. The answer is what is stated last, behind the reasoning; a number that merely stands in the text never counts.
  6. A gold number is met by a number alone: `47*8` for 376 would be a perfect score for copying the question.
  7. Algebra runs in processes of its own, with limits on time and memory, that are killed past them and replaced.
  8. A gold answer that cannot be read is reported and excluded, never counted as wrong.
  9. The G completions of a prompt share its forward and backward.
 10. All randomness is a function of seed and step, so a resumed run repeats the uninterrupted one bit for bit.
-11. Losses are divided by counts of the whole optimizer step, so microbatch size and processes change nothing.
+11. Losses are divided by counts of the whole optimizer step, so microbatch size and processes change nothing; what has
+    an advantage of zero counts, but needs no forward where there is no KL.
 12. The ratio of rloo is that of the whole completion, clipped once.
 13. The format reward is all or nothing, and knows whether the template has opened the reasoning already.
 14. Expert iteration drops copies, caps what it keeps of a question, and counts only the tokens it keeps.
@@ -52,7 +54,6 @@ Implementation details that matter, each marked in the code under its number:
 from __future__ import annotations
 
 import atexit
-import bisect
 import contextlib
 import hashlib
 import inspect
@@ -62,7 +63,7 @@ import os
 import random
 import re
 import resource
-import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from fractions import Fraction
 from functools import partial
+from itertools import combinations
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -114,7 +117,8 @@ TINY = Path(__file__).resolve().parent / "common" / "tiny"
 
 # The template of DeepSeek-R1-Zero, for base models: the answer goes on from an opened <think>.
 R1_ZERO_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}{% else %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
+    "{% elif message.role == 'system' %}{{ message.content }}\n{% else %}"
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
     "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
     "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
@@ -135,8 +139,8 @@ class Args:
     split: str = "train"
     """split of a Hub data set"""
     eval_dataset: str | None = None
-    """held-out rows; by default the embedded data's own, or else rows held out of --dataset; with --evaluate-only all
-    of --dataset"""
+    """held-out rows; by default the embedded data's own, or else rows held out of --dataset; with --evaluate-only
+    those of --dataset itself"""
     template: Literal["chat", "r1_zero"] = "chat"
     """how a question becomes a prompt: the model's chat template, or for base models that of R1-Zero"""
     instruction: str = ""
@@ -152,7 +156,7 @@ class Args:
     answer_weight: float = 1.0
     """of `answer`: 1 where the verifier finds the final answer right"""
     format_weight: float = 0.0
-    """of `format`: 1 where there is exactly one answer in its tags, at the end, behind closed reasoning"""
+    """of `format`: 1 where there is exactly one answer in its tags, at the end, and reasoning, if any, closed before"""
     grading_workers: int = 2
     """processes of the verifier; they are started when an answer first needs algebra"""
     grading_seconds: float = 3.0
@@ -170,11 +174,13 @@ class Args:
     clip_high: float = 0.2
     """and above 1 + clip_high"""
     beta: float = 0.0
-    """weight of the KL to the starting model in the loss (k3); R1 took 0.001; 0 loads no reference"""
+    """weight of the KL to the starting model in the loss (k3), averaged as the algorithm averages its losses: the same
+    beta weighs more where these are summed over a completion; R1 took 0.001; 0 loads no reference"""
     update_epochs: int = 1
     """passes over each rollout"""
     minibatches: int = 1
-    """optimizer steps per pass; more than one, or more passes, make clipping matter"""
+    """optimizer steps per pass; more than one, or more passes, make clipping matter (reinforce and expert_iteration
+    have no ratio: they take later steps off-policy)"""
     keep_per_question: int = 4
     """expert_iteration: right completions of a question that are trained on; --save-verified: that are written"""
     save_verified: bool = False
@@ -211,15 +217,16 @@ class Args:
     eval_every: int = 15
     """steps between evaluations; 0 evaluates before and after only"""
     eval_rows: int = 192
-    """held-out questions used"""
+    """held-out questions used, a fixed random choice where there are more"""
     eval_samples: int = 8
     """completions sampled per question in evaluation (n of pass@k and maj@k)"""
     reranker: str | None = None
     """output of reward_model.py, outcome or process: best-of-k and votes weighted by its scores"""
     max_think_tokens: int = 0
-    """evaluation: reasoning is cut after so many tokens and --answer-cue forced; 0 leaves it alone"""
+    """evaluation: reasoning that has not ended after so many tokens is cut, and --answer-cue forced; 0: never"""
     extend_thinking: int = 0
-    """evaluation: so many times the end of the reasoning is replaced by --wait-cue, and it goes on"""
+    """evaluation: so many times the end of the reasoning is replaced by --wait-cue, and it goes on, as far as
+    --max-think-tokens (or the budget) allows"""
     answer_cue: str = "</think><answer>"
     """what --max-think-tokens puts where it cuts"""
     wait_cue: str = "Wait"
@@ -246,29 +253,46 @@ MAX_ANSWER = 400  # characters; whatever is longer is no final answer
 NUMBER = re.compile(
     r"(?P<sign>[-+]?) ?(?P<currency>[$€£]?) ?(?P<inner>[-+]?) ?(?=\.?\d)"  # -$5 and $-5
     r"(?:(?:(?P<mixed>\d+) )?(?P<ratio>\d+ ?/ ?\d+)|(?P<plain>(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?))"
-    r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|hrs?|mph)(?![a-z])| [a-z]{2,}(?: [a-z]+){0,3})?",
+    r"(?:(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])| [a-z]{2,}(?:[ /][a-z]+){0,3})"
+    r"(?:\^\{?[23]\}?)?)?",
     re.IGNORECASE,
 )
-NO_UNITS = set("or and to more less fewer than times plus minus over divided by of out not if but pi sqrt log".split())
-UNIT_NAMES = {"$": "dollar", "%": "percent", "€": "euro", "£": "pound"}
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "k": 1_000, "million": 10**6, "billion": 10**9}
+SCALES = {"k": 1_000, "dozen": 12, "hundred": 100} | {
+    name: 1000**power for power, name in enumerate(("thousand", "million", "billion", "trillion"), 1)
+}
+UNIT_NAMES = {"$": "dollar", "%": "percent", "€": "euro", "£": "pound", "hr": "hour", "ft": "foot", "feet": "foot"}
+UNIT_NAMES |= {"in": "inch", "inche": "inch", "lb": "pound"}
+# After a number these are no unit: they make another number of it.
+NO_UNITS = set(
+    "or and to more less fewer than times plus minus over divided by of out not if but pi sqrt log double triple twice "
+    "half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth squared "
+    "cubed factorial negative one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety lakh crore".split()
+)
 SPELLINGS = [  # of the same thing, one for all
-    (re.compile(r"\\(?:left|right|displaystyle|\(|\)|\[|\])|^\*\*|\*\*$"), ""),
-    (re.compile(r"\{,\}|,\\!|\\[,!](?=\d{3}(?!\d))"), ","),  # in front of thousands
-    (re.compile(r"\\[,!;:]"), " "),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\\[dt]frac"), r"\\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\$\$"), "$"),
+    (re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$"), r"\1"),
+    (re.compile(r"(?<!\\)\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\]]|^\*\*|\*\*$"), ""),
+    (re.compile(r"\{,\}|,\\!|(?<!\\)\\[,!](?=\d{3}(?!\d))"), ","),  # in front of thousands
+    (re.compile(r"(?<!\\)\\[,!;:]"), " "),
+    (re.compile(r"(?<!\\)\\([$%])"), r"\1"),
+    (re.compile(r"\\[cdt]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)"), r"\\frac{\1}"),
+    (re.compile(r"(\\frac\{[^{}]*\})\s*(\d)"), r"\1{\2}"),
     (re.compile(r"\\sqrt\s*(\d)(?!\d)"), r"\\sqrt{\1}"),
-    (re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z]\s*\}(?:\^\{?[23]\}?)?$"), ""),  # 3\text{ m}
+    (re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\\(begin|end)\{[bvBV]matrix\}"), r"\\\1{pmatrix}"),
     (re.compile(r"\^\{?\\circ\}?|°|\\degree"), " degrees"),
     (re.compile("[−–]"), "-"),
-    (re.compile(r"\\ |~|\s+"), " "),
-    (re.compile(r"^\s*[a-zA-Z](?:_\w)?\s*=\s*(?=[^=]*$)"), ""),  # x = 5
+    (re.compile(r"(?:(?<!\\)\\ |~|\s)+"), " "),
 ]
 STATED = re.compile(
-    r"\W*(?:a|(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?answer)\W*(?::| is\b:?)\W*?([-+$€£\\.\w].*)", re.I
+    r"[\s*_#>-]*(?:a ?:|(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:correct |final )?answer\**(?: ?:| is\b:?))"
+    r"[\s*_]*(.+)",
+    re.IGNORECASE,
 )
+UNEVALUATED = re.compile(r"\\(?:i*nt|oint|sum|prod|lim|max|min|gcd|lcm|binom|det|[pb]mod)(?![a-z])|frac\{d|partial|!")
 
 
 class Grade(NamedTuple):
@@ -289,13 +313,18 @@ def final_answer(completion: str) -> str | None:
     end = text.rfind("</answer>")
     if end >= 0 and (start := text.rfind("<answer>", 0, end)) >= 0:
         found.append((start, text[start + len("<answer>") : end]))
-    if (start := text.rfind("\\boxed{")) >= 0:
-        found.append((start, braced(text, start + len("\\boxed"))))
+    if (start := text.rfind("\\boxed")) >= 0:
+        opening = start + len("\\boxed") + (text[start + len("\\boxed") :][:1] == " ")
+        found.append((start, braced(text, opening)))
     if (start := text.rfind("####")) >= 0:
-        found.append((start, text[start + 4 :].partition("\n")[0]))
-    start = text.rstrip().rfind("\n") + 1
-    if len(text) - start < MAX_ANSWER and (stated := STATED.match(text[start:].strip())):
-        found.append((start, stated[1]))
+        marked = text[start + 4 : start + 4 + 2 * MAX_ANSWER].partition("\n")[0]
+        found += [(start, marked)] if re.search(r"[\d\\]", marked) else []  # a heading is no answer
+    lines = text[-2 * MAX_ANSWER :].strip().rsplit("\n", 2)[-2:]
+    stated = STATED.match(lines[-1])
+    if not stated and lines[0].rstrip("* ").endswith(":"):
+        stated = STATED.match(" ".join(lines))
+    if stated:
+        found.append((text.rstrip().rfind("\n") + 1, stated[1]))
     answer = (max(found, key=lambda place: place[0])[1] or "").strip()
     return answer or None
 
@@ -311,15 +340,14 @@ def braced(text: str, opening: int) -> str | None:
 
 
 def gold_answer(text: str) -> str:
-    """The answer in a row's `answer` or `solution`: after ####, in \\boxed{}, or the whole text."""
-    return (final_answer(text) or "") if "####" in text or "\\boxed{" in text else text.strip()
+    """The answer in a row's `answer` or `solution`, in normal form: after ####, in \\boxed{}, or the whole text."""
+    answer = final_answer(text) if "####" in text or "\\boxed" in text else text
+    return normal_form((answer or "")[: MAX_ANSWER + 1])
 
 
 def normal_form(answer: str) -> str:
     """An answer without what its meaning does not depend on: delimiters, spacing and other spellings of LaTeX."""
     answer = answer.strip().rstrip(".")
-    while len(answer) > 2 and answer[0] == answer[-1] == "$":
-        answer = answer[1:-1]
     for pattern, spelling in SPELLINGS:
         answer = pattern.sub(spelling, answer)
     return answer.strip().rstrip(".").strip()
@@ -327,42 +355,60 @@ def normal_form(answer: str) -> str:
 
 def quantity(answer: str) -> tuple[Fraction, str] | None:
     """A plain number with its unit, if that is all there is: -$1,234.50, 3 1/2 miles, \\frac{1}{2}, 2 million, 50%."""
-    match = NUMBER.fullmatch(re.sub(r" ?\\frac\{(\d+)\}\{(\d+)\}", r" \1/\2", answer).strip())
+    if wrapped := re.fullmatch(r"\(([^(),]*)\)|\{([^{},]*)\}", answer):
+        answer = wrapped[1] or wrapped[2] or ""
+    answer = re.sub(r" ?\\frac\{(\d+)\}\{(\d+)\}", r" \1/\2", answer)
+    match = NUMBER.fullmatch(re.sub(r"^\\frac\{-(\d+)\}\{(\d+)\}", r"-\1/\2", answer).strip())
     if match is None:
         return None
     part = match.groupdict()
-    words = (part["unit"] or "").lower().split()
+    words = (part["unit"] or "").lower().replace("/", " per ").split()
+    words = [UNIT_NAMES.get(word, UNIT_NAMES.get(word.rstrip("s"), word.rstrip("s"))) for word in words]
     if NO_UNITS.intersection(words):
         return None
     try:
-        value = Fraction((part["plain"] or "0").replace(",", "").rstrip(".")) + int(part["mixed"] or 0)
-        value += Fraction((part["ratio"] or "0").replace(" ", ""))
+        value = Fraction((part["ratio"] or "0").replace(" ", ""))
     except ZeroDivisionError:
         return None
+    if part["ratio"] and value.denominator == 1:  # 36/2 has not been worked out
+        return None
+    value += Fraction((part["plain"] or "0").replace(",", "").rstrip(".")) + int(part["mixed"] or 0)
     if (part["sign"] == "-") != (part["inner"] == "-"):
         value = -value
     if words and words[0] in SCALES:
         value *= SCALES[words.pop(0)]
-    unit = " ".join(UNIT_NAMES.get(word, word.rstrip("s")) for word in words)
-    return value, unit or UNIT_NAMES.get(part["currency"], "")
+    return value, " ".join(words) or UNIT_NAMES.get(part["currency"], "")
 
 
 def compare_exactly(gold: str, answer: str) -> bool | None:
     """Whether two answers in normal form are equal, as far as that can be said without algebra; None where it cannot.
 
     A gold number is met by a number alone: of an answer that still has to be worked out, `47*8`, nothing has been
-    shown. Units must agree where both have one.
+    shown. Units must agree where both have one. What algebra would take for equal and is not, ends here too.
     """
     if tight(gold) == tight(answer):
         return True
+    named = [re.fullmatch(r"([a-zA-Z]) ?= ?([^=]+)", side) for side in (gold, answer)]  # x = 5
+    if all(named) and named[0][1] != named[1][1]:
+        return False
+    if all(named) or (named[0] and "=" not in answer) or (named[1] and "=" not in gold):
+        gold, answer = (match[2] if match else side for match, side in zip(named, (gold, answer)))
     ours, theirs = quantity(gold), quantity(answer)
     if ours:  # detail 6
         return bool(theirs) and ours[0] == theirs[0] and (ours[1] == theirs[1] or not (ours[1] and theirs[1]))
-    if is_word(gold):
+    words = words_of(gold)  # of which algebra makes products of letters
+    if words != words_of(answer) or (words and not re.search(r"[^\w\s'.-]|\d", gold)):
         return False
+    if set(UNEVALUATED.findall(answer)) - set(UNEVALUATED.findall(gold)):  # the question itself would be right
+        return False
+    is_ordered = "," in gold and not re.search(r"[<>]|\\[lg]eq?", gold)
+    if is_ordered and brackets(gold) != brackets(answer):  # a pair is no set, and an open interval no closed one
+        return False
+    if re.findall(r"_\{?(\w+)", gold) != re.findall(r"_\{?(\w+)", answer) or re.search(r"\d ?: ?\d", gold):
+        return False  # bases and times
     if "\\boxed" in answer or braced(f"{{{answer}}}", 0) != answer:  # several answers, of which one would be picked
         return False
-    if ("=" in answer and "=" not in gold) or re.search(r"\d \d", answer):  # 13 = 12; 1 2, which parsers add up
+    if ("=" in answer) != ("=" in gold) or re.search(r"\d \d", answer):  # 13 = 12; 1 2, which parsers add up
         return False
     return None
 
@@ -372,9 +418,19 @@ def tight(answer: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", answer.lower())
 
 
-def is_word(answer: str) -> bool:
-    """Whether an answer is plain words. To algebra they would be products of their letters, and anagrams equal."""
-    return re.fullmatch(r"[^\W\d_]{3,}(?: [^\W\d_]+)*", answer) is not None
+def words_of(answer: str) -> list[str]:
+    """Runs of letters that are no LaTeX command."""
+    return re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+(?:\{pmatrix\})?", " ", answer.lower()))
+
+
+def brackets(answer: str) -> tuple[str, str]:
+    """With what an answer begins and ends, as far as these are brackets."""
+    return re.match(r"[(\[]|\\\{|", answer)[0], re.search(r"(?:[)\]]|\\\}|)$", answer)[0]
+
+
+def is_quick(gold: str) -> bool:
+    """Whether a gold answer is readable without algebra: a number, or words."""
+    return quantity(gold) is not None or re.fullmatch(r"[^\W\d_]+(?:[ '.-]+[^\W\d_]+)*", gold) is not None
 
 
 def symbolic_worker() -> None:
@@ -383,6 +439,7 @@ def symbolic_worker() -> None:
     It runs alone, from its source, in an interpreter that holds no model and may be killed at any time, so what it
     needs it imports itself. math-verify's own time limits are alarms, which do not stop sympy's C code: they are off.
     """
+    import contextlib
     import json
     import logging
     import os
@@ -397,7 +454,8 @@ def symbolic_worker() -> None:
 
     def limit(what: int, value: int) -> None:
         hard = resource.getrlimit(what)[1]
-        resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+        with contextlib.suppress(ValueError, OSError):  # a system may not know this limit
+            resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
     limit(resource.RLIMIT_AS, memory)
     verdicts = os.fdopen(os.dup(1), "w", buffering=1)
@@ -415,16 +473,27 @@ def symbolic_worker() -> None:
         used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         limit(resource.RLIMIT_CPU, used + seconds + 2)  # ends it even where nobody is left to kill it
         gold, answer = json.loads(line)
-        known = read(gold)
-        is_equal = bool(known) and answer is not None and verify(known, read(answer), timeout_seconds=None)
-        print("unreadable gold" if not known else "equal" if is_equal else "different", file=verdicts)
+        known, verdict = read(gold), "different"
+        if not known:
+            verdict = "unreadable"
+        elif answer is not None:
+            with contextlib.suppress(Exception):
+                # Twelve places, so that a decimal meets no root that it only comes near.
+                is_equal = verify(known, read(answer), float_rounding=12, timeout_seconds=None)
+                verdict = "equal" if is_equal else "different"
+        print(verdict, file=verdicts)
+
+
+WORKER_SOURCE = inspect.getsource(symbolic_worker) + "\nsymbolic_worker()\n"  # now: the file may be edited later
+
+
+MEANING = {"equal": (True, "symbolic"), "different": (False, "symbolic"), "unreadable": (None, "unreadable gold")}
 
 
 class Verifier:
     """Grades completions: exactly where numbers allow it, by algebra in `workers` processes where they do not.
 
-    A comparison that takes longer than `seconds` costs its worker's life and nobody else's time. Threads may share a
-    verifier.
+    A comparison that takes longer than `seconds` costs its worker's life. Threads may share a verifier.
     """
 
     def __init__(self, workers: int = 2, seconds: float = 3.0, memory_gb: float = 2.0):
@@ -432,72 +501,79 @@ class Verifier:
         self.workers: list[_Worker] = []
         self.known: dict[tuple[str, str | None], str] = {}  # verdicts of algebra: samples of a question repeat answers
         self.lock = threading.Lock()
+        atexit.register(self.close)
 
     def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:
         """Grades of (completion, gold answer) pairs; a gold answer may be a whole solution (see `gold_answer`)."""
-        read = [(final_answer(text), normal_form(gold_answer(gold)[: MAX_ANSWER + 1])) for text, gold in pairs]
-        short = [answer if answer and len(answer) <= MAX_ANSWER else None for answer, _ in read]
-        verdicts = self.compare([(gold, answer) for answer, (_, gold) in zip(short, read)])
+        answers = [final_answer(completion) for completion, _ in pairs]
+        kept = [normal_form(answer) if answer and len(answer) <= MAX_ANSWER else None for answer in answers]
+        verdicts = self.compare([(gold_answer(gold), answer) for answer, (_, gold) in zip(kept, pairs)])
         grades = []
-        for (answer, _), kept, verdict in zip(read, short, verdicts):
-            if verdict == "unreadable gold":
-                grades.append(Grade(None, answer, verdict))
-            elif kept is None:
-                grades.append(Grade(False, answer and answer[:MAX_ANSWER], "too long" if answer else "no answer"))
-            elif verdict in ("timeout", "crash"):
-                grades.append(Grade(False, answer, verdict))
-            else:
-                grades.append(Grade(verdict.startswith("equal"), answer, verdict.partition(", ")[2]))
+        for answer, short, (equal, how) in zip(answers, kept, verdicts):
+            if short is None and equal is not None:
+                how = "too long" if answer else "no answer"
+            grades.append(Grade(equal, answer and answer[:MAX_ANSWER], how))
         return grades
 
-    def compare(self, pairs: list[tuple[str, str | None]]) -> list[str]:
-        """Verdicts on (gold in normal form, answer or None) pairs: "equal" or "different" followed by how that was
-        found, "unreadable gold", "timeout" or "crash"."""
-        verdicts = []
-        with self.lock:
-            if len(self.known) > 100_000:
-                self.known.clear()
-            for gold, answer in pairs:
-                answer = None if answer is None else normal_form(answer)
-                if not gold or len(gold) > MAX_ANSWER:
-                    verdicts.append("unreadable gold")
-                elif answer is None and (quantity(gold) or is_word(gold)):
-                    verdicts.append("different, exact")
-                elif answer is not None and (equal := compare_exactly(gold, answer)) is not None:
-                    verdicts.append("equal, exact" if equal else "different, exact")
-                else:
-                    verdicts.append((gold, answer))
-            fresh = [key for key in dict.fromkeys(verdicts) if isinstance(key, tuple) and key not in self.known]
-            self.known.update(zip(fresh, self._algebra(fresh)))
-            return [self.known[verdict] if isinstance(verdict, tuple) else verdict for verdict in verdicts]
+    def compare(self, pairs: list[tuple[str, str | None]]) -> list[tuple[bool | None, str]]:
+        """Whether gold and answer, in normal form, are equal, and how that was found. No answer differs from any; a
+        gold answer that cannot be read gives None."""
+        found: list[tuple | None] = []
+        for gold, answer in pairs:
+            equal = None
+            if not gold or len(gold) > MAX_ANSWER:
+                found.append((None, "unreadable gold"))
+                continue
+            if answer is not None:
+                equal = compare_exactly(gold, answer)
+            elif is_quick(gold):
+                equal = False
+            found.append(None if equal is None else (equal, "exact"))
+        open_pairs = [pair for pair, verdict in zip(pairs, found) if verdict is None]
+        if open_pairs:
+            with self.lock:
+                fresh = [pair for pair in dict.fromkeys(open_pairs) if pair not in self.known]
+                new = dict(zip(fresh, self._algebra(fresh)))
+                verdicts = iter([new.get(pair) or self.known[pair] for pair in open_pairs])
+                if len(self.known) > 100_000:
+                    self.known.clear()
+                self.known |= {pair: verdict for pair, verdict in new.items() if verdict != "crash"}
+            found = [MEANING.get(v := next(verdicts), (False, v)) if verdict is None else verdict for verdict in found]
+        return found
 
     def _algebra(self, pairs: list[tuple[str, str | None]]) -> list[str]:
-        """Verdicts of the workers, each on the pairs it comes to."""
+        """The workers' verdicts: equal, different, unreadable, or timeout and crash of those that had to be ended."""
+        try:
+            return self._supervise(pairs)
+        except BaseException:  # whatever they are at belongs to nobody now
+            self.close()
+            raise
+
+    def _supervise(self, pairs: list[tuple[str, str | None]]) -> list[str]:
+        """Hand pairs to idle workers, read verdicts, end and replace workers that are dead or over their time."""
         verdicts, waiting, deaths = ["crash"] * len(pairs), deque(range(len(pairs))), 0
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:  # died while idle
             worker.end()
             self.workers.remove(worker)
         while waiting or any(worker.job is not None for worker in self.workers):
-            while len(self.workers) < min(self.count, len(waiting)):
+            busy = sum(worker.job is not None for worker in self.workers)
+            while len(self.workers) < min(self.count, len(waiting) + busy):
                 self.workers.append(_Worker(self.seconds, self.memory))
             for worker in self.workers:
                 if worker.is_ready and worker.job is None and waiting:
                     worker.take(waiting.popleft(), pairs)
-            now = time.monotonic()
-            soonest = min(worker.deadline for worker in self.workers) - now
-            readable = select.select([worker.process.stdout for worker in self.workers], [], [], max(0.0, soonest))[0]
+            soonest = min(worker.deadline for worker in self.workers) - time.monotonic()
+            readable = wait([worker.process.stdout for worker in self.workers], max(0.0, soonest))
             for worker in list(self.workers):
                 line = worker.process.stdout.readline() if worker.process.stdout in readable else None
                 if line and not worker.is_ready:
                     worker.is_ready, worker.deadline, deaths = True, math.inf, 0
                 elif line:
-                    verdicts[worker.job] = line.strip() + ("" if line.startswith("unreadable") else ", symbolic")
-                    worker.job, worker.deadline = None, math.inf
-                elif line == "" or time.monotonic() >= worker.deadline:  # detail 7: dead, or over its time
+                    verdicts[worker.job], worker.job, worker.deadline = line.strip(), None, math.inf
+                elif line == "" or time.monotonic() >= worker.deadline:  # detail 7
                     if worker.job is not None:
                         verdicts[worker.job] = "crash" if line == "" else "timeout"
-                    else:
-                        deaths += 1
+                    deaths += not worker.is_ready
                     told = worker.end()
                     self.workers.remove(worker)
                     if deaths > 2:
@@ -518,20 +594,18 @@ class _Worker:
     """A process that runs `symbolic_worker`, and the number of the pair it is at."""
 
     def __init__(self, seconds: float, memory: int):
-        source = inspect.getsource(symbolic_worker) + "\nsymbolic_worker()\n"
-        command = [sys.executable, "-c", source, str(math.ceil(seconds)), str(memory)]
+        command = [sys.executable, "-c", WORKER_SOURCE, str(math.ceil(seconds)), str(memory)]
         self.errors, self.seconds = tempfile.TemporaryFile("w+"), seconds
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for it
+        # A session of its own, for Ctrl-C is not meant for it, and a folder without modules that it might import.
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, cwd="/", **pipes)
         self.is_ready, self.job, self.deadline = False, None, time.monotonic() + 120
 
     def take(self, number: int, pairs: list) -> None:
         self.job, self.deadline = number, time.monotonic() + self.seconds
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it is dead, which reading from it will tell
             self.process.stdin.write(json.dumps(pairs[number]) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead, which reading from it will tell
 
     def end(self) -> str:
         """Kill it; returns the last line it complained with."""
@@ -547,7 +621,6 @@ class _Worker:
 
 
 VERIFIER = Verifier()
-atexit.register(VERIFIER.close)
 
 
 def grade(completion: str, gold: str) -> Grade:
@@ -558,12 +631,13 @@ def grade(completion: str, gold: str) -> Grade:
 # ---------------------------------------------------------------------------------------------- rewards: edit here
 
 
-def correctness_reward(grade: Grade, text: str) -> float:
-    """1 where the verifier found the answer right. There is no part of it for an answer that is nearly right."""
-    return float(grade.correct is True)
+def correctness_reward(grade: Grade, stopped: bool) -> float:
+    """1 where the verifier found the answer right and the completion has ended by itself. There is no part of it for an
+    answer that is nearly right."""
+    return float(grade.correct is True and stopped)
 
 
-def well_formed_reward(grade: Grade, text: str) -> float:
+def well_formed_reward(text: str) -> float:
     """1 where the text, opened <think> of the template included, is reasoning in its tags, if any, and then one answer
     in its tags at the very end. Half of it is worth nothing, so there is nothing to farm but the whole."""
     counts = [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
@@ -574,8 +648,6 @@ def well_formed_reward(grade: Grade, text: str) -> float:
     opened = not counts[0] or reasoning.lstrip().startswith("<think>")
     return float(opened and bool(inside.strip()))
 
-
-REWARDS = {"answer": correctness_reward, "format": well_formed_reward}
 
 # ---------------------------------------------------------------------------------------------- advantages: the dial
 
@@ -741,52 +813,46 @@ def bootstrap_interval(values: list[float], seed: int, resamples: int = 2000) ->
 
 
 def force_budget(sampler, tokenizer, questions, groups, args: Args, indices: list[int], temperature: float):
-    """Completions [P][n] whose reasoning is cut at --max-think-tokens, and then extended --extend-thinking times.
+    """Completions [P][n], sampled with a budget of --max-think-tokens, their reasoning extended as far as that budget
+    goes and cut where it has not ended (s1). An extension without an end is given up where nothing would cut it.
 
     Returns new ones; their log-probabilities are all 0, for nothing is ever trained on them.
     """
-    limit, n = args.max_completion_tokens, len(groups[0])  # detail 16
-    rows = [[list(c.ids), c.stopped] for group in groups for c in group]
+    n, limit = len(groups[0]), args.max_completion_tokens  # detail 16
+    think_limit = args.max_think_tokens or limit
+    rows = [(list(c.ids), c.stopped) for group in groups for c in group]
 
-    def has_ended(ids: list[int]) -> bool:
-        return "</think>" in tokenizer.decode(ids)
+    def text_of(i: int) -> str:
+        return tokenizer.decode(rows[i][0])
 
-    def go_on(changed: list[int], round_: int) -> None:
-        """Continue these rows by sampling, as far as the budget goes."""
-        changed = [i for i in changed if len(rows[i][0]) < limit]
-        prompts = [questions[i // n]["ids"] + rows[i][0] for i in changed]
-        budgets = [limit - len(rows[i][0]) for i in changed]
-        numbers = [indices[i // n] * n + i % n for i in changed]
-        sampling = {"temperature": temperature, "seed": args.seed + 7919 * round_, "indices": numbers}
-        for i, (more,) in zip(changed, sampler.generate(prompts, budgets, **sampling)):
-            rows[i] = [rows[i][0] + more.ids, more.stopped]
+    def go_on(starts: dict[int, list[int]], budget: int, salt: int) -> dict[int, tuple[list[int], bool]]:
+        """Rows that continue from these ids by sampling, up to `budget` tokens in all."""
+        starts = {i: ids for i, ids in starts.items() if len(ids) < budget}
+        prompts = [questions[i // n]["ids"] + ids for i, ids in starts.items()]
+        budgets = [budget - len(ids) for ids in starts.values()]
+        numbers = [indices[i // n] * n + i % n for i in starts]
+        sampling = {"temperature": temperature, "seed": args.seed + 7919 * salt, "indices": numbers}
+        more = sampler.generate(prompts, budgets, **sampling)
+        return {i: (ids + c.ids, c.stopped) for (i, ids), (c,) in zip(starts.items(), more)}
 
-    if args.max_think_tokens:
-        unfinished = [i for i, (ids, stopped) in enumerate(rows) if not stopped]
-        for i in unfinished:
-            if not has_ended(rows[i][0]):
-                rows[i][0] += encode_text(tokenizer, args.answer_cue, by_assistant=True)
-        go_on(unfinished, 1)
     for round_ in range(args.extend_thinking):
-        ended = [i for i, (ids, _) in enumerate(rows) if has_ended(ids)]
-        for i in ended:
-            thoughts = before_the_end_of_thinking(tokenizer, rows[i][0])
-            rows[i] = [thoughts + encode_text(tokenizer, args.wait_cue, by_assistant=True), False]
-        go_on(ended, 2 + round_)
-    made = [Completion(ids[:limit], [0.0] * len(ids[:limit]), stopped and len(ids) <= limit) for ids, stopped in rows]
+        starts = {
+            i: encode_text(tokenizer, text_of(i).partition("</think>")[0] + args.wait_cue, by_assistant=True)
+            for i in range(len(rows)) if "</think>" in text_of(i)
+        }  # fmt: skip
+        for i, row in go_on(starts, think_limit, 2 + round_).items():
+            if args.max_think_tokens or row[1]:
+                rows[i] = row
+    if args.max_think_tokens:
+        cue = encode_text(tokenizer, args.answer_cue, by_assistant=True)
+        starts = {
+            i: ids[:think_limit] + ([] if "</think>" in text_of(i) else cue)
+            for i, (ids, stopped) in enumerate(rows) if not stopped
+        }  # fmt: skip
+        for i, row in go_on(starts, limit, 1).items():
+            rows[i] = row
+    made = [Completion(ids, [0.0] * len(ids), stopped) for ids, stopped in rows]
     return [made[i : i + n] for i in range(0, len(made), n)]
-
-
-def before_the_end_of_thinking(tokenizer, ids: list[int]) -> list[int]:
-    """The ids before </think>, which may be spread over several: the text grows with the ids, so halving finds them."""
-
-    def text(count: int) -> str:
-        return tokenizer.decode(ids[:count])
-
-    counts = range(len(ids) + 1)
-    closed = bisect.bisect_left(counts, True, key=lambda count: "</think>" in text(count))
-    length = text(closed).index("</think>")
-    return ids[: bisect.bisect_right(counts[: closed + 1], length, key=lambda count: len(text(count))) - 1]
 
 
 def load_reranker(args: Args, device, bfloat16: bool):
@@ -807,7 +873,11 @@ def load_reranker(args: Args, device, bfloat16: bool):
     def encode(prompt, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the places where scores are read."""
         if not is_process:
-            ids = render_chat(tokenizer, [*as_messages(prompt, "user"), {"role": "assistant", "content": text}]).ids
+            if tokenizer.chat_template:
+                chat = [*as_messages(prompt, "user"), {"role": "assistant", "content": text}]
+                ids = render_chat(tokenizer, chat).ids
+            else:
+                ids = encode_text(tokenizer, prompt) + encode_text(tokenizer, text) + [tokenizer.eos_token_id]
             return ids[-context:], [len(ids[-context:]) - 1]
         ids, ends = encode_prompt(tokenizer, prompt), []
         reasoning = (text.rpartition("</think>")[0] or text).partition("<answer>")[0]
@@ -902,23 +972,26 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
     return tokenizer, members
 
 
-def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier) -> list[dict]:
+def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier, world: int) -> list[dict]:
     """Rows of any of the formats as prompt and answer; those whose gold answer cannot be read are left out."""
-    golds = [normal_form(gold_answer(row.get("answer") or row.get("solution")))[: MAX_ANSWER + 1] for row in rows]
-    verdicts = verifier.compare([(gold, None) for gold in golds])
+    texts = [next((row[k] for k in ("answer", "solution") if isinstance(row.get(k), str)), "") for row in rows]
+    golds = [gold_answer(text) for text in texts]
+    readable = [[equal is False for equal, _ in verifier.compare([(gold, None) for gold in golds])]]
+    if world > 1:  # what depends on the clock must not differ between processes
+        dist.broadcast_object_list(readable)
     read = []
-    for row, gold, verdict in zip(rows, golds, verdicts):
-        if not verdict.startswith("different"):  # detail 8
+    for row, gold, is_readable in zip(rows, golds, readable[0]):
+        if not is_readable:  # detail 8
             continue
         prompt = next(row[name] for name in ("prompt", "question", "problem") if row.get(name) is not None)
-        if instruction:
+        if instruction and prompt:
             *before, last = as_messages(prompt, "user")
-            prompt = [*before, {**last, "content": last["content"] + instruction}]
+            prompt = [*before, {**last, "content": (last.get("content") or "") + instruction}]
         read.append({"prompt": prompt, "answer": gold})
     if lost := len(rows) - len(read):
-        example = next(gold for gold, verdict in zip(golds, verdicts) if not verdict.startswith("different"))
+        example = texts[readable[0].index(False)][-60:]
         share = f"{lost} of {len(rows)} gold answers ({lost / len(rows):.1%})"
-        print(f"{source}: {share} cannot be read, such as {example[:60]!r}; their rows are left out.")
+        print(f"{source}: {share} cannot be read, such as {example!r}; their rows are left out.")
     if not read:
         sys.exit(f"{source}: none of its {len(rows)} gold answers can be read as a number, a formula or a word.")
     return read
@@ -933,36 +1006,38 @@ def texts_of(tokenizer, questions: list[dict], groups: list[list[Completion]]) -
     ]
 
 
-def judge(verifier: Verifier, questions: list[dict], texts: list[list[str]], args: Args) -> tuple[list, dict]:
+def judge(verifier: Verifier, questions: list[dict], groups: list[list[Completion]], texts: list, args: Args) -> tuple:
     """Grades of every completion, and the reward components, each [P, G], with their weighted sum under "total"."""
-    flat = verifier.grade([(text, q["gold"]) for q, row in zip(questions, texts) for text in row])
-    size = len(texts[0])
-    grades = [flat[i : i + size] for i in range(0, len(flat), size)]
-    weights = {"answer": args.answer_weight, "format": args.format_weight}
+    flat = iter(verifier.grade([(text, q["gold"]) for q, row in zip(questions, texts) for text in row]))
+    grades = [[next(flat) for _ in row] for row in texts]
     components = {
-        name: torch.tensor([[REWARDS[name](g, text) for g, text in zip(*pair)] for pair in zip(grades, texts)])
-        for name, weight in weights.items()
-        if weight or name == "answer"
-    }
-    components["total"] = sum(weights[name] * values for name, values in components.items())
+        "answer": torch.tensor([
+            [correctness_reward(g, c.stopped) for g, c in zip(*pair)] for pair in zip(grades, groups)
+        ]),
+        "format": torch.tensor([[well_formed_reward(text) for text in row] for row in texts]),
+    }  # fmt: skip
+    components["total"] = args.answer_weight * components["answer"] + args.format_weight * components["format"]
     return grades, components
 
 
-def clusters_of(verifier: Verifier, grades: list[Grade]) -> list[int | None]:
-    """A number for each different answer to one question: 0 is the right one, None an answer that is absent."""
-    numbers: list[int | None] = []
-    known: list[tuple[str, int]] = []  # a wrong answer, and its number
-    for g in grades:
-        if g.answer is None or g.correct:
-            numbers.append(0 if g.correct else None)
-            continue
-        verdicts = verifier.compare([(normal_form(answer), g.answer) for answer, _ in known])
-        same = next((number for (_, number), v in zip(known, verdicts) if v.startswith("equal")), None)
-        if same is None:
-            same = len(known) + 1
-            known.append((g.answer, same))
-        numbers.append(same)
-    return numbers
+def clusters_of(verifier: Verifier, grades: list[list[Grade]]) -> list[list[int | None]]:
+    """A number for each different answer to a question: 0 is the right one, None an answer that is absent."""
+    different: list[dict[str, int]] = []  # of every question its wrong answers in normal form, numbered as they come
+    for row in grades:
+        wrong = dict.fromkeys(normal_form(g.answer) for g in row if g.answer and not g.correct)
+        different.append({answer: number for number, answer in enumerate(wrong, 1)})
+    hopeless = {normal_form(g.answer) for row in grades for g in row if g.how in ("timeout", "crash", "too long")}
+    pairs = [
+        (q, first, second) for q, answers in enumerate(different) for first, second in combinations(answers, 2)
+        if not hopeless & {first, second}
+    ]  # fmt: skip
+    for (q, first, second), (equal, _) in zip(pairs, verifier.compare([pair[1:] for pair in pairs])):
+        if equal:
+            different[q][second] = min(different[q][first], different[q][second])
+    return [
+        [0 if g.correct else numbers[normal_form(g.answer)] if g.answer else None for g in row]
+        for row, numbers in zip(grades, different)
+    ]
 
 
 def evaluate_math(sampler, tokenizer, questions, verifier, reranker, args: Args, rank: int, world: int) -> tuple:
@@ -985,16 +1060,15 @@ def evaluate_math(sampler, tokenizer, questions, verifier, reranker, args: Args,
     scores = [0.0] * (n * len(mine))
     if reranker:
         scores = reranker([(q["row"]["prompt"], text) for q, row in zip(mine, texts) for text in row[:n]])
-    found = []
-    for p, (question, row, group) in enumerate(zip(mine, texts, sampled)):
-        *judged, greedy_grade = grades[p * (n + 1) : (p + 1) * (n + 1)]
-        clusters = clusters_of(verifier, judged)
+    grades = [grades[i : i + n + 1] for i in range(0, len(grades), n + 1)]
+    clusters, scores, found = clusters_of(verifier, [row[:n] for row in grades]), iter(scores), []
+    for question, row, group, judged, numbers in zip(mine, texts, sampled, grades, clusters):
         attempts = [
-            Attempt(text, g.answer, cluster, len(c.ids), c.stopped, value)
-            for text, g, cluster, c, value in zip(row, judged, clusters, group, scores[p * n : (p + 1) * n])
+            Attempt(text, g.answer, number, len(c.ids), c.stopped, next(scores))
+            for text, g, number, c in zip(row, judged, numbers, group)
         ]
         prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
-        found.append((prompt, question["gold"], attempts, greedy_grade.correct is True))
+        found.append((prompt, question["gold"], attempts, judged[n].correct is True))
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, found)
@@ -1188,23 +1262,28 @@ def main(args: Args) -> dict:
     device, rank, world = start_processes(args.device)
     stop = catch_stop_signals()
     verifier = Verifier(args.grading_workers, args.grading_seconds)
+    patient = Verifier(args.grading_workers, 10 * args.grading_seconds)  # for gold answers, of which none is hostile
+    subset = args.subset or ("main" if args.dataset == "openai/gsm8k" else None)
 
     # Data, before any model is loaded.
     columns = tuple((q, a) for a in ("answer", "solution") for q in ("prompt", "question", "problem"))
-    rows = load_rows(args.dataset, args.subset, args.split, columns)
+    rows = load_rows(args.dataset, subset, args.split, columns)
     if args.eval_dataset or args.dataset == Args.dataset:
         held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
-        held_out = load_rows(held_out_source, args.subset, args.split, columns)
+        held_out = load_rows(held_out_source, subset, args.split, columns)
     elif args.evaluate_only:
         held_out_source, held_out = args.dataset, rows
     else:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args.eval_rows, args.seed)
-    held_out = read_questions(held_out[: args.eval_rows], held_out_source, args.instruction, verifier)
-    rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, verifier)
+    chosen = sorted(random.Random(0).sample(range(len(held_out)), min(len(held_out), args.eval_rows)))
+    held_out = read_questions([held_out[i] for i in chosen], held_out_source, args.instruction, patient, world)
+    rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, patient, world)
+    patient.close()
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if args.template == "r1_zero":
-        tokenizer.chat_template = R1_ZERO_TEMPLATE  # it stays with the saved model
+        begins = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + R1_ZERO_TEMPLATE  # stays with the saved model
     context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
     longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
     if longest < 1:
@@ -1222,7 +1301,7 @@ def main(args: Args) -> dict:
         reference = shard(load_model(args, device), world, bfloat16).requires_grad_(False)
     reranker = load_reranker(args, device, bfloat16) if args.reranker else None
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
-    shown = {"reward/mean": "reward", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
+    shown = {"reward/mean": "reward", "policy/entropy_generated": "entropy", "eval/accuracy": "accuracy"}
     shown |= {f"eval/maj@{args.eval_samples}": f"maj@{args.eval_samples}"} if args.eval_samples > 1 else {}
     run = Run(args, "rlvr_math", rank, {**shown, "eval/completion_length": "length"})
 
@@ -1263,7 +1342,7 @@ def main(args: Args) -> dict:
         sample_time = time.perf_counter() - began
 
         # Grade, and compare within each group.
-        grades, rewards = judge(verifier, mine, texts_of(tokenizer, mine, groups), args)
+        grades, rewards = judge(verifier, mine, groups, texts_of(tokenizer, mine, groups), args)
         grade_time = time.perf_counter() - began - sample_time
         rollout = Rollout(prompts, groups, device)
         action_mask = rollout.mask  # [B, T]
@@ -1283,9 +1362,10 @@ def main(args: Args) -> dict:
             shuffle = torch.Generator().manual_seed(seed * 97 + epoch)
             for chosen in torch.randperm(len(batch), generator=shuffle).view(args.minibatches, -1).tolist():
                 rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
-                rows = [i for i in rows if action_mask[i].any()]  # of expert iteration only what it keeps
                 sequences = len(chosen) * args.num_samples
                 tokens = reduce_over_processes([float(action_mask[rows].sum())], device)[0]
+                if reference is None:  # detail 11
+                    rows = [i for i in rows if advantages[i] != 0]
                 total_loss = 0.0
                 for part, weight in rollout.microbatches(rows, args.microbatch_tokens):
                     logprobs, entropy = rollout.token_logprobs(policy, part, args.temperature, bfloat16)  # [b, T]
@@ -1307,28 +1387,30 @@ def main(args: Args) -> dict:
                     if not grad_norms:  # before the first update policy and sampler have the same weights
                         first_sums.update(statistics)
                 policy_losses.append(require_finite(run, step, total_loss, device))
-                grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm, rate))
+                if any(p.grad is not None for p in policy.parameters()):  # where none has an advantage, none has moved
+                    grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm, rate))
 
         # Log, evaluate, save.
         elapsed = time.perf_counter() - began
-        names = ["tokens", "entropy", "clip_fraction", "approx_kl", "sampler_gap", *["kl"] * (reference is not None)]
-        sums = sum_over_processes({name: sums[name] for name in names}, device)
-        first_sums = sum_over_processes({name: first_sums[name] for name in names}, device)
-        tokens = max(sums.pop("tokens"), 1)
+        sums, first_sums = sum_over_processes(sums, device), sum_over_processes(first_sums, device)
+        tokens = sums.pop("tokens", 0.0)
+        trained = {f"policy/{name}": value / tokens for name, value in sums.items()}
+        if tokens:
+            trained["policy/sampler_gap"] = first_sums["sampler_gap"] / first_sums["tokens"]
+            trained["policy/ratio_max"] = reduce_over_processes([ratio_max], device, maximum=True)[0]
+        if algorithm.ratio == "none":
+            trained.pop("policy/clip_fraction", None)
         metrics, samples = {
             **rollout_metrics(rewards, groups, device),
-            **grade_metrics(grades, groups, device),
-            **{f"policy/{name}": value / tokens for name, value in sums.items()},
-            "policy/sampler_gap": first_sums["sampler_gap"] / max(first_sums["tokens"], 1),
-            "policy/ratio_max": reduce_over_processes([ratio_max], device, maximum=True)[0],
+            **grade_metrics(grades, groups, elapsed, device),
+            **trained,
             "loss/policy": sum(policy_losses) / len(policy_losses),
-            "optim/grad_norm": sum(grad_norms) / len(grad_norms),
+            "optim/grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
             "optim/learning_rate": rate,
             "time/step": elapsed,
             "time/sample": sample_time,
             "time/grade": grade_time,
             "time/train": elapsed - sample_time - grade_time,
-            "throughput/tokens_per_second": tokens / args.update_epochs / elapsed,
             "memory/peak_gb": peak_memory_gb(device),
         }, []  # fmt: skip
         stopping = stop_requested(stop, device)
@@ -1344,27 +1426,34 @@ def main(args: Args) -> dict:
         if stopping and step < args.steps:
             return run.finish(f"python rlvr_math.py --resume {run.folder}", stopped=stopping)
 
-    verifier.close()
     save_model(run, policy, tokenizer, stops, bfloat16)
-    if store:
-        return run.finish(f"python sft.py --model {args.model} --dataset {store.path}")
-    return run.finish(f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only --eval-samples 32")
+    if store:  # from the start again, but for a template that only the new model's tokenizer holds
+        start = args.model if args.template == "chat" else run.folder / "model"
+        return run.finish(f"python sft.py --model {start} --dataset {store.path}")
+    given = ("dataset", "subset", "split", "eval_dataset", "instruction", "max_prompt_tokens", "max_completion_tokens")
+    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}" for name in given
+             if getattr(args, name) != getattr(Args, name)]  # fmt: skip
+    return run.finish(" ".join([f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only", *flags]))
 
 
-def grade_metrics(grades: list[list[Grade]], groups: list[list[Completion]], device) -> dict:
-    """How a rollout's answers were decided, and how long right and wrong completions are, over all processes."""
+def grade_metrics(grades: list[list[Grade]], groups: list[list[Completion]], elapsed: float, device) -> dict:
+    """How a rollout's answers were decided, how long right and wrong completions are, and how sure the policy was of
+    all of them, over all processes."""
     sums = Counter()
     for g, completion in zip((g for row in grades for g in row), (c for group in groups for c in group)):
-        kind = "right" if g.correct else "wrong"
-        sums.update({"all": 1, kind: 1, f"{kind}_tokens": len(completion.ids), g.how: 1})
-    names = ("all", "right", "wrong", "right_tokens", "wrong_tokens", "no answer", "symbolic", "timeout", "crash")
-    sums = sum_over_processes({name: sums[name] for name in names}, device)
+        kind, length = ("right" if g.correct else "wrong"), len(completion.ids)
+        sums.update({"all": 1, kind: 1, f"{kind}_tokens": length, g.how: 1})
+        sums.update({"tokens": length, "surprise": -sum(completion.logprobs)})
+    names = ("all", "right", "wrong", "right_tokens", "wrong_tokens", "tokens", "surprise")
+    sums = sum_over_processes({n: sums[n] for n in (*names, "no answer", "symbolic", "timeout", "crash")}, device)
     lengths = {f"completions/length_{k}": sums[f"{k}_tokens"] / sums[k] for k in ("right", "wrong") if sums[k]}
     return {
         **lengths,
         "answers/none": sums["no answer"] / sums["all"],
         "answers/symbolic": sums["symbolic"] / sums["all"],
         "answers/timeout": (sums["timeout"] + sums["crash"]) / sums["all"],
+        "policy/entropy_generated": sums["surprise"] / sums["tokens"],
+        "throughput/tokens_per_second": sums["tokens"] / elapsed,
     }
 
 
@@ -1383,11 +1472,13 @@ def report_evaluation(run: Run, questions: int) -> dict:
               f"{args.max_completion_tokens} tokens at most")  # fmt: skip
         print(f"  pass@1 {metrics['eval/accuracy']:.3f}, 95 % interval {metrics['eval/accuracy_low']:.3f} to "
               f"{metrics['eval/accuracy_high']:.3f}")  # fmt: skip
-        for name, value in list(metrics.items())[3:]:
-            print(f"  {name.removeprefix('eval/'):20} {value:8.4g}")
+        for name in [
+            name for name in metrics if not name.startswith("eval/accuracy") or name == "eval/accuracy_greedy"
+        ]:
+            print(f"  {name.removeprefix('eval/'):20} {metrics[name]:8.4g}")
         if args.reranker:
             print(f"  best of {args.eval_samples} is at most {best_of_n_kl_bound(args.eval_samples):.3g} nats away")
-        print(f"  all of it in {run.folder / 'evaluation.json'}, completions in {run.folder / 'samples.jsonl'}, "
+        print(f"  all of this in {run.folder / 'evaluation.json'}, completions in {run.folder / 'samples.jsonl'}, "
               f"picture in {run.folder / 'scaling.png'}")  # fmt: skip
     run.baseline = {}  # there is no before and after
     return run.finish(f"python rlvr_math.py --model {args.model}")
@@ -1408,6 +1499,10 @@ def check_rlvr_args(args: Args) -> None:
         sys.exit("--temperature must be above 0: greedy sampling leaves nothing to compare.")
     if args.grading_seconds <= 0:
         sys.exit("--grading-seconds must be above 0: it is the time that the verifier has for a comparison.")
+    if min(args.max_think_tokens, args.extend_thinking) < 0 or args.max_completion_tokens < 1:
+        sys.exit("--max-think-tokens and --extend-thinking must not be negative, nor --max-completion-tokens below 1.")
+    if not (args.answer_weight or args.format_weight):
+        sys.exit("--answer-weight 0 --format-weight 0: nothing is left that could be rewarded.")
     if args.max_think_tokens >= args.max_completion_tokens:
         sys.exit(
             f"--max-think-tokens {args.max_think_tokens} must be below --max-completion-tokens "

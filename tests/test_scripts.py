@@ -25,7 +25,8 @@ PAIRS = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-datase
 STEPS = ["--dataset", first_rows("steps_train.jsonl", 240), "--eval-dataset", TINY / "steps_test.jsonl"]
 BRIEF = ["--steps", 6, "--eval-every", 0, "--eval-rows", 8]
 NEEDED = {"ppo": ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy"]}  # no default can be met here
-EASY = {"dapo": ["--no-dynamic-sampling"]}  # for data whose groups do not differ, so that no batch could be filled
+# For data whose groups do not differ, so that no batch could be filled, and no advantage would need a forward.
+EASY = {"dapo": ["--no-dynamic-sampling"], "rlvr_math": ["--beta", 0.1]}
 SHORT = {
     "sft": [*BRIEF, "--batch-size", 8, "--steps", 12],
     "grpo": [*BRIEF, "--batch-size", 4, "--num-samples", 4],
