@@ -972,12 +972,14 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
     return tokenizer, members
 
 
-def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier, world: int) -> list[dict]:
+def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier) -> list[dict]:
     """Rows of any of the formats as prompt and answer; those whose gold answer cannot be read are left out."""
     texts = [next((row[k] for k in ("answer", "solution") if isinstance(row.get(k), str)), "") for row in rows]
     golds = [gold_answer(text) for text in texts]
-    readable = [[equal is False for equal, _ in verifier.compare([(gold, None) for gold in golds])]]
-    if world > 1:  # what depends on the clock must not differ between processes
+    readable = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        readable = [[equal is False for equal, _ in verifier.compare([(gold, None) for gold in golds])]]
+    if dist.is_initialized():  # what depends on the clock must not differ between processes
         dist.broadcast_object_list(readable)
     read = []
     for row, gold, is_readable in zip(rows, golds, readable[0]):
@@ -1114,13 +1116,17 @@ def draw_scaling(run: Run) -> None:
     logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in logged if "eval/accuracy" in row]
     figure, (samples, training) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for kind in ("pass", "maj", "weighted", "best"):
-        at = {int(k.partition("@")[2]): value for k, value in rows[-1].items() if k.startswith(f"eval/{kind}@")}
-        if at:
-            points = sorted({1: rows[-1]["eval/accuracy"], **at}.items())
-            samples.plot(*zip(*points), marker="o", ms=3, label=f"{kind}@k")
-    samples.set(xscale="log", xlabel="samples k", ylabel="accuracy", title=f"step {rows[-1]['step']}")
-    samples.legend() if samples.lines else None
+    for color, kind in enumerate(("pass", "maj", "weighted", "best")):
+        for row, style in ((rows[0], ":"), (rows[-1], "-"))[len(rows) == 1 :]:
+            at = {int(k.partition("@")[2]): value for k, value in row.items() if k.startswith(f"eval/{kind}@")}
+            points = sorted({1: row["eval/accuracy"], **at}.items())
+            label = f"{kind}@k, step {row['step']}"
+            samples.plot(*zip(*points), style, color=f"C{color}", marker="o", ms=3, label=label) if at else None
+    ticks = [2**i for i in range(12) if 2**i <= run.args.eval_samples]
+    samples.set_xscale("log", base=2)
+    samples.set_xticks(ticks, ticks)
+    samples.set(xlabel="samples k", ylabel="accuracy", ylim=(0, 1))
+    samples.legend(fontsize=7) if samples.lines else None
     steps = [row["step"] for row in rows]
     training.plot(steps, [row["eval/accuracy"] for row in rows], marker="o", ms=3, label="accuracy")
     training.fill_between(
@@ -1277,8 +1283,8 @@ def main(args: Args) -> dict:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args.eval_rows, args.seed)
     chosen = sorted(random.Random(0).sample(range(len(held_out)), min(len(held_out), args.eval_rows)))
-    held_out = read_questions([held_out[i] for i in chosen], held_out_source, args.instruction, patient, world)
-    rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, patient, world)
+    held_out = read_questions([held_out[i] for i in chosen], held_out_source, args.instruction, patient)
+    rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, patient)
     patient.close()
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if args.template == "r1_zero":

@@ -106,6 +106,22 @@ def test_ppo_begins_with_ratios_of_one_and_moves_policy_and_critic(tmp_path):
     assert rows[0]["value/mean"] == 0 != rows[1]["value/mean"]
 
 
+@pytest.mark.parametrize("script,flags", [
+    ("dapo", ["--no-dynamic-sampling", "--minibatches", 2]),
+    ("rlvr_math", ["--algorithm", "rloo", "--instruction", " End with the line `Answer: <number>`."]),
+])  # fmt: skip
+def test_two_steps_with_a_checker(script, flags, tmp_path):
+    data = word_problems(tmp_path / "data.jsonl", 24)
+    run(script, "--model", MODEL, "--dataset", data, "--eval-dataset", data, *flags, "--steps", 2, "--batch-size", 4,
+        "--num-samples", 4, "--max-completion-tokens", 48, "--eval-rows", 4, "--eval-samples", 2, "--eval-every", 0,
+        "--learning-rate", "1e-5", "--warmup-steps", 1, "--dtype", "bfloat16",
+        "--output-dir", tmp_path / "run")  # fmt: skip
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 3 and all(0 < row["completions/length_mean"] <= 48 for row in rows[1:])
+    assert all(row.get("policy/sampler_gap", 0) < 0.1 for row in rows[1:])
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
 def test_samples_score_as_sampled():
     from transformers import AutoModelForCausalLM
 

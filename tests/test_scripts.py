@@ -127,7 +127,7 @@ def test_a_script_copied_with_common_runs_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_grpo_learns_to_think(seed, tmp_path):
-    run("grpo", "--seed", seed, "--output-dir", tmp_path)
+    run("grpo", "--seed", seed, "--steps", 40, "--eval-every", 0, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
     before, after = rows[0], rows[-1]
     assert before["eval/accuracy"] <= 0.5 and before["eval/accuracy_greedy"] <= 0.5
