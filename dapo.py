@@ -230,8 +230,8 @@ def dapo_loss(
     ratio = ((logprobs - old_logprobs) * mask).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # detail 5
     losses = torch.maximum(-ratio * advantages, -clipped * advantages)
-    if dual_clip:  # detail 12
-        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    if dual_clip:  # where A is positive the loss is negative, and so below this bound anyway
+        losses = torch.minimum(losses, dual_clip * advantages.abs())  # detail 12
     return losses, ratio.detach()
 
 

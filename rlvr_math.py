@@ -1352,13 +1352,14 @@ def main(args: Args) -> dict:
         grade_time = time.perf_counter() - began - sample_time
         rollout = Rollout(prompts, groups, device)
         action_mask = rollout.mask  # [B, T]
-        signal_ = rewards["total"]
+        group_rewards = rewards["total"]  # [P, G]
         if args.algorithm == "expert_iteration":
-            signal_ = verified(groups, rewards["answer"], args.keep_per_question)
-            action_mask = action_mask * signal_.flatten().to(device)[:, None]  # detail 14
+            group_rewards = verified(groups, rewards["answer"], args.keep_per_question)
+            action_mask = action_mask * group_rewards.flatten().to(device)[:, None]  # detail 14
         if store:
             store.add(step, tokenizer, mine, groups, rewards["answer"])
-        advantages = algorithm.advantage(signal_).flatten().to(device)  # [B]
+        advantages = algorithm.advantage(group_rewards).flatten().to(device)  # [B]
+        needs_forward = (advantages != 0).tolist() if reference is None else [True] * len(advantages)  # detail 11
         ref_logprobs = reference_logprobs(reference, rollout, args, bfloat16)  # [B, T]
 
         # Update.
@@ -1370,8 +1371,7 @@ def main(args: Args) -> dict:
                 rows = rollout.rows_of([k for k, p in enumerate(positions) if p in chosen])
                 sequences = len(chosen) * args.num_samples
                 tokens = reduce_over_processes([float(action_mask[rows].sum())], device)[0]
-                if reference is None:  # detail 11
-                    rows = [i for i in rows if advantages[i] != 0]
+                rows = [i for i in rows if needs_forward[i]]
                 total_loss = 0.0
                 for part, weight in rollout.microbatches(rows, args.microbatch_tokens):
                     logprobs, entropy = rollout.token_logprobs(policy, part, args.temperature, bfloat16)  # [b, T]
