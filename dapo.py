@@ -56,6 +56,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -654,7 +655,9 @@ def main(args: Args) -> dict:
 
     else:
         save_model(run, policy, tokenizer, stops, bfloat16)
-        return run.finish(f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only --eval-samples 32")
+        data = ("dataset", "subset", "split", "eval_dataset", "max_prompt_tokens", "max_completion_tokens")
+        command = f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only{flags_given(args, *data)}"
+        return run.finish(command)
 
     # A batch could not be filled: what has been learned is measured and kept.
     if run.carried["trained"]:
@@ -664,6 +667,12 @@ def main(args: Args) -> dict:
         dist.barrier()  # torchrun ends the other processes as soon as one has ended with an error
     run.finish(f"python dapo.py --model {run.folder / 'model'} --max-rounds {2 * args.max_rounds}")
     sys.exit(unfilled if run.is_main else 0)
+
+
+def flags_given(args, *names: str) -> str:
+    """Those of the named arguments that differ from their defaults, as one writes them behind a command."""
+    given = [name for name in names if getattr(args, name) != getattr(type(args), name)]
+    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}" for name in given)
 
 
 def check_dapo_args(args: Args) -> None:

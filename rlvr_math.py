@@ -1436,10 +1436,9 @@ def main(args: Args) -> dict:
     if store:  # from the start again, but for a template that only the new model's tokenizer holds
         start = args.model if args.template == "chat" else run.folder / "model"
         return run.finish(f"python sft.py --model {start} --dataset {store.path}")
-    given = ("dataset", "subset", "split", "eval_dataset", "instruction", "max_prompt_tokens", "max_completion_tokens")
-    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}" for name in given
-             if getattr(args, name) != getattr(Args, name)]  # fmt: skip
-    return run.finish(" ".join([f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only", *flags]))
+    data = ("dataset", "subset", "split", "eval_dataset", "instruction", "max_prompt_tokens", "max_completion_tokens")
+    command = f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only{flags_given(args, *data)}"
+    return run.finish(command)
 
 
 def grade_metrics(grades: list[list[Grade]], groups: list[list[Completion]], elapsed: float, device) -> dict:
@@ -1488,6 +1487,12 @@ def report_evaluation(run: Run, questions: int) -> dict:
               f"picture in {run.folder / 'scaling.png'}")  # fmt: skip
     run.baseline = {}  # there is no before and after
     return run.finish(f"python rlvr_math.py --model {args.model}")
+
+
+def flags_given(args, *names: str) -> str:
+    """Those of the named arguments that differ from their defaults, as one writes them behind a command."""
+    given = [name for name in names if getattr(args, name) != getattr(type(args), name)]
+    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}" for name in given)
 
 
 def check_rlvr_args(args: Args) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, fails, metrics, run
+from conftest import TINY, fails, first_rows, metrics, run
 
 import dapo
 from common.generation import Completion
@@ -147,6 +147,14 @@ def test_surplus_is_kept_or_dropped(tmp_path):
     assert [r["prompts/rounds"] for r in kept[1:]] == [1, 0] and "reward/mean" not in kept[2]
     carried = json.loads((tmp_path / "keep/checkpoints/step-000002/state.json").read_text())["carried"]
     assert carried["surplus"] and all(len(group[1]) == 4 for group in carried["surplus"])
+
+
+def test_the_next_command_measures_the_model_on_the_same_data(tmp_path):
+    data = first_rows("maths_train.jsonl", 40)
+    output = run("dapo", *SMALL, "--dataset", data, "--max-completion-tokens", 48, "--output-dir", tmp_path / "run")
+    command = output.strip().splitlines()[-1].split("python rlvr_math.py ")[1].split()
+    assert command[-4:] == ["--dataset", str(data), "--max-completion-tokens", "48"]
+    run("rlvr_math", *command, "--eval-rows", 4, "--eval-samples", 2, "--output-dir", tmp_path / "evaluation")
 
 
 def test_all_five_changes_off_is_plain_grpo(tmp_path):
