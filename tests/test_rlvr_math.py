@@ -1,4 +1,4 @@
-"""rlvr_math.py: its verifier against people's judgement and hostile answers, the five algorithms, test-time compute."""
+"""rlvr_math.py: its verifier against recorded judgements and hostile answers, the five algorithms, test-time compute."""
 
 import json
 import math
@@ -89,8 +89,8 @@ def test_what_is_no_quantity(text):
 # ---------------------------------------------------------------------------------------------- judgement
 
 
-def test_verifier_agrees_with_people():
-    """300 model solutions of GSM8K whose correctness people have recorded (openai/grade-school-math, MIT)."""
+def test_verifier_agrees_with_recorded_judgements():
+    """300 model solutions of GSM8K, each with its recorded correctness (openai/grade-school-math, MIT)."""
     rows = [json.loads(line) for line in (ROOT / "tests" / "gsm8k_solutions.jsonl").read_text().splitlines()]
     agreed = [grade(row["solution"], row["gold"]).correct == row["correct"] for row in rows]
     assert sum(row["correct"] for row in rows) == 150 and sum(agreed) / len(agreed) >= 0.995
