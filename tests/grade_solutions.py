@@ -1,7 +1,7 @@
 """How far the verifier of rlvr_math.py agrees with recorded judgements: `python tests/grade_solutions.py FILE`.
 
-FILE is example_model_solutions.jsonl of github.com/openai/grade-school-math: for each question of GSM8K the solutions of
-four models, each with whether it is correct.
+FILE is example_model_solutions.jsonl of github.com/openai/grade-school-math: for each question of GSM8K the solutions
+of four models, each with whether it is correct.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""rlvr_math.py: its verifier against recorded judgements and hostile answers, the five algorithms, test-time compute."""
+"""rlvr_math.py: its verifier on recorded judgements and hostile answers, the five algorithms, test-time compute."""
 
 import json
 import math
