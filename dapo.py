@@ -263,7 +263,7 @@ def extract_answer(text: str) -> str | None:
     """The final answer a text states: in the last <answer> tag, the last \\boxed{}, after the last ####, or else its
     last number. Reasoning before </think> does not count."""
     text = text.rpartition("</think>")[2]
-    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}", r"####\s*(.+)"):
+    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"####\s*(.+)"):
         if found := re.findall(pattern, text, re.DOTALL if "answer" in pattern else 0):
             return found[-1].strip()
     numbers = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?", text)
@@ -542,6 +542,8 @@ def main(args: Args) -> dict:
     shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/entropy": "entropy"}
     run = Run(args, "dapo", rank, {**shown, "prompts/rounds": "rounds", "eval/accuracy": "accuracy"})
 
+    data_flags = ("dataset", "subset", "split", "eval_dataset", "max_prompt_tokens", "max_completion_tokens")
+
     def evaluate() -> tuple[dict, list[dict]]:
         sampler.sync()
         return evaluate_answers(sampler, tokenizer, held_out, args, rank, world)[:2]
@@ -655,17 +657,19 @@ def main(args: Args) -> dict:
 
     else:
         save_model(run, policy, tokenizer, stops, bfloat16)
-        data = ("dataset", "subset", "split", "eval_dataset", "max_prompt_tokens", "max_completion_tokens")
-        command = f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only{flags_given(args, *data)}"
+        if args.dataset != Args.dataset and not args.eval_dataset:  # the rows held out are of this run alone
+            return run.finish(f"python dapo.py --resume {run.folder} --steps {2 * args.steps}")
+        command = f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only{flags_given(args, *data_flags)}"
         return run.finish(command)
 
     # A batch could not be filled: what has been learned is measured and kept.
-    if run.carried["trained"]:
+    if not is_due(step - 1, args.eval_every, args.steps):
         run.log(step - 1, *evaluate())
     save_model(run, policy, tokenizer, stops, bfloat16)
     if dist.is_initialized():
         dist.barrier()  # torchrun ends the other processes as soon as one has ended with an error
-    run.finish(f"python dapo.py --model {run.folder / 'model'} --max-rounds {2 * args.max_rounds}")
+    flags = flags_given(args, *data_flags)
+    run.finish(f"python dapo.py --model {run.folder / 'model'} --max-rounds {2 * args.max_rounds}{flags}")
     sys.exit(unfilled if run.is_main else 0)
 
 

@@ -35,7 +35,7 @@ Implementation details that matter, each marked in the code under its number:
  2. Token ids and old log-probabilities are the sampler's own; nothing sampled is decoded and tokenised again.
  3. Logits are divided by the sampling temperature in every forward, of the policy and of the reference.
  4. The stop token is an action; masks come from lengths; a completion that was cut has no stop token and, whatever
-    it says, earns nothing.
+    it says, earns nothing. (Evaluation judges the answer alone, and says how many were cut.)
  5. The answer is what is stated last, behind the reasoning; a number that merely stands in the text never counts.
  6. A gold number is met by a number alone: `47*8` for 376 would be a perfect score for copying the question.
  7. Algebra runs in processes of its own, with limits on time and memory, that are killed past them and replaced.
@@ -253,22 +253,25 @@ MAX_ANSWER = 400  # characters; whatever is longer is no final answer
 NUMBER = re.compile(
     r"(?P<sign>[-+]?) ?(?P<currency>[$€£]?) ?(?P<inner>[-+]?) ?(?=\.?\d)"  # -$5 and $-5
     r"(?:(?:(?P<mixed>\d+) )?(?P<ratio>\d+ ?/ ?\d+)|(?P<plain>(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?))"
-    r"(?:(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])| [a-z]{2,}(?:[ /][a-z]+){0,3})"
+    r"(?:(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])| [a-z]{3,}(?:[ /][a-z]+){0,3})"
     r"(?:\^\{?[23]\}?)?)?",
     re.IGNORECASE,
 )
 SCALES = {"k": 1_000, "dozen": 12, "hundred": 100} | {
     name: 1000**power for power, name in enumerate(("thousand", "million", "billion", "trillion"), 1)
 }
-UNIT_NAMES = {"$": "dollar", "%": "percent", "€": "euro", "£": "pound", "hr": "hour", "ft": "foot", "feet": "foot"}
-UNIT_NAMES |= {"in": "inch", "inche": "inch", "lb": "pound"}
+UNIT_NAMES = {"$": "dollar", "%": "percent", "€": "euro", "£": "pound sterling", "hr": "hour", "min": "minute"}
+UNIT_NAMES |= {"ft": "foot", "feet": "foot", "in": "inch", "inche": "inch", "lb": "pound", "kilogram": "kg"}
+UNIT_NAMES |= {"kilometer": "km", "centimeter": "cm", "millimeter": "mm"}
 # After a number these are no unit: they make another number of it.
 NO_UNITS = set(
     "or and to more less fewer than times plus minus over divided by of out not if but pi sqrt log double triple twice "
     "half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth squared "
     "cubed factorial negative one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety lakh crore".split()
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety lakh crore zero root "
+    "mod modulo choose multiplied added score gross sin cos tan exp point quadrillion".split()
 )
+FRACTION = re.compile(r"(?:.*(?:teenth|ieth|eleventh|twelfth)|th)s?")
 SPELLINGS = [  # of the same thing, one for all
     (re.compile(r"\$\$"), "$"),
     (re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$"), r"\1"),
@@ -285,6 +288,7 @@ SPELLINGS = [  # of the same thing, one for all
     (re.compile(r"\\(begin|end)\{[bvBV]matrix\}"), r"\\\1{pmatrix}"),
     (re.compile(r"\^\{?\\circ\}?|°|\\degree"), " degrees"),
     (re.compile("[−–]"), "-"),
+    (re.compile(r"^\s*[a-zA-Z] ?\\in(?![a-z])"), ""),  # x \in [1, 2]
     (re.compile(r"(?:(?<!\\)\\ |~|\s)+"), " "),
 ]
 STATED = re.compile(
@@ -292,7 +296,10 @@ STATED = re.compile(
     r"[\s*_]*(.+)",
     re.IGNORECASE,
 )
-UNEVALUATED = re.compile(r"\\(?:i*nt|oint|sum|prod|lim|max|min|gcd|lcm|binom|det|[pb]mod)(?![a-z])|frac\{d|partial|!")
+UNEVALUATED = re.compile(
+    r"\\(?:i*nt|oint|sum|prod|lim|max|min|gcd|lcm|binom|det|[pb]mod|(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln|exp)"
+    r"(?![a-z])|frac\{d|partial|!"
+)
 
 
 class Grade(NamedTuple):
@@ -315,18 +322,21 @@ def final_answer(completion: str) -> str | None:
         found.append((start, text[start + len("<answer>") : end]))
     if (start := text.rfind("\\boxed")) >= 0:
         opening = start + len("\\boxed") + (text[start + len("\\boxed") :][:1] == " ")
-        found.append((start, braced(text, opening)))
+        inside = braced(text, opening)
+        rest = "" if inside is None else text[opening + len(inside) + 2 :][:MAX_ANSWER]
+        found.append((start, None if re.match(r"[\s$*]*(?:or|and|,|;)[\s$*]*[-+.\\]?[\d\\]", rest) else inside))
     if (start := text.rfind("####")) >= 0:
         marked = text[start + 4 : start + 4 + 2 * MAX_ANSWER].partition("\n")[0]
         found += [(start, marked)] if re.search(r"[\d\\]", marked) else []  # a heading is no answer
-    lines = text[-2 * MAX_ANSWER :].strip().rsplit("\n", 2)[-2:]
+    lines = [line for line in text[-2 * MAX_ANSWER :].split("\n") if line.strip()][-2:] or [""]
     stated = STATED.match(lines[-1])
     if not stated and lines[0].rstrip("* ").endswith(":"):
         stated = STATED.match(" ".join(lines))
-    if stated:
+    if stated and (len(found) == 1 or re.search(r"[\d\\]", stated[1])):  # "The answer is correct." takes nothing back
         found.append((text.rstrip().rfind("\n") + 1, stated[1]))
     answer = (max(found, key=lambda place: place[0])[1] or "").strip()
-    return answer or None
+    again = STATED.match(answer[:MAX_ANSWER])  # <answer>The answer is 5</answer>
+    return (again[1] if again else answer) or None
 
 
 def braced(text: str, opening: int) -> str | None:
@@ -362,9 +372,9 @@ def quantity(answer: str) -> tuple[Fraction, str] | None:
     if match is None:
         return None
     part = match.groupdict()
-    words = (part["unit"] or "").lower().replace("/", " per ").split()
-    words = [UNIT_NAMES.get(word, UNIT_NAMES.get(word.rstrip("s"), word.rstrip("s"))) for word in words]
-    if NO_UNITS.intersection(words):
+    raw = (part["unit"] or "").lower().replace("/", " per ").split()
+    words = [UNIT_NAMES.get(word, UNIT_NAMES.get(word.rstrip("s"), word.rstrip("s"))) for word in raw]
+    if NO_UNITS.intersection(raw + words) or any(map(FRACTION.fullmatch, raw)):
         return None
     try:
         value = Fraction((part["ratio"] or "0").replace(" ", ""))
@@ -375,8 +385,10 @@ def quantity(answer: str) -> tuple[Fraction, str] | None:
     value += Fraction((part["plain"] or "0").replace(",", "").rstrip(".")) + int(part["mixed"] or 0)
     if (part["sign"] == "-") != (part["inner"] == "-"):
         value = -value
-    if words and words[0] in SCALES:
+    while words and words[0] in SCALES:
         value *= SCALES[words.pop(0)]
+    if SCALES.keys() & set(words):
+        return None
     return value, " ".join(words) or UNIT_NAMES.get(part["currency"], "")
 
 
@@ -391,11 +403,22 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
     named = [re.fullmatch(r"([a-zA-Z]) ?= ?([^=]+)", side) for side in (gold, answer)]  # x = 5
     if all(named) and named[0][1] != named[1][1]:
         return False
+    if named[0] and not named[1] and "=" in answer and quantity(named[0][2]):  # x + 1 = 6 for x = 5
+        return False
     if all(named) or (named[0] and "=" not in answer) or (named[1] and "=" not in gold):
         gold, answer = (match[2] if match else side for match, side in zip(named, (gold, answer)))
     ours, theirs = quantity(gold), quantity(answer)
     if ours:  # detail 6
-        return bool(theirs) and ours[0] == theirs[0] and (ours[1] == theirs[1] or not (ours[1] and theirs[1]))
+        return bool(theirs) and same_quantity(ours, theirs)
+    ours, theirs = components(gold), components(answer)
+    if len(ours) > 1 and all(ours):  # pairs and sets of numbers
+        is_ordered = brackets(gold)[0] in ("(", "[")
+        if brackets(gold) != brackets(answer) if is_ordered else brackets(answer)[0] in ("(", "["):
+            return False
+        if len(ours) != len(theirs) or not all(theirs):
+            return False
+        pairs = zip(ours, theirs) if is_ordered else zip(sorted(ours), sorted(theirs))
+        return all(same_quantity(*pair) for pair in pairs)
     words = words_of(gold)  # of which algebra makes products of letters
     if words != words_of(answer) or (words and not re.search(r"[^\w\s'.-]|\d", gold)):
         return False
@@ -413,13 +436,28 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
     return None
 
 
+def same_quantity(ours: tuple[Fraction, str], theirs: tuple[Fraction, str]) -> bool:
+    """Whether two quantities are equal; a unit is compared where both have one."""
+    return ours[0] == theirs[0] and (ours[1] == theirs[1] or not (ours[1] and theirs[1]))
+
+
+def components(answer: str) -> list[tuple[Fraction, str] | None]:
+    """What stands between the commas of a list, or its "and" and "or", as quantities; None for what is none."""
+    first, last = brackets(answer)
+    inside = answer[len(first) : len(answer) - len(last)] if first and last else answer
+    return [quantity(re.sub(r"^[a-zA-Z] ?= ?", "", part)) for part in re.split(r" ?(?:[,;]| and | or ) ?", inside)]
+
+
 def tight(answer: str) -> str:
-    """Without case, and without spaces but between digits, where they tell numbers apart."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", answer.lower())
+    """Without case, and without spaces but in front of a digit, where they tell numbers apart."""
+    return re.sub(r"(?<![\d,]) | (?!\d)", "", answer.lower())
 
 
 def words_of(answer: str) -> list[str]:
-    """Runs of letters that are no LaTeX command."""
+    """Runs of letters that are no LaTeX command, nor a unit at the end."""
+    answer = re.sub(
+        r" (?:(?:square|cubic|sq) )?(?:units?|[cmk]m|inch(?:es)?|feet|degrees?)(?:\^\{?[23]\}?)?$", "", answer
+    )
     return re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+(?:\{pmatrix\})?", " ", answer.lower()))
 
 
@@ -974,11 +1012,13 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
 
 def read_questions(rows: list[dict], source: str, instruction: str, verifier: Verifier) -> list[dict]:
     """Rows of any of the formats as prompt and answer; those whose gold answer cannot be read are left out."""
-    texts = [next((row[k] for k in ("answer", "solution") if isinstance(row.get(k), str)), "") for row in rows]
+    given = [[row[key] for key in ("answer", "solution") if isinstance(row.get(key), str)] for row in rows]
+    texts = [next((text for text in texts if gold_answer(text)), "".join(texts)) for texts in given]
     golds = [gold_answer(text) for text in texts]
     readable = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        readable = [[equal is False for equal, _ in verifier.compare([(gold, None) for gold in golds])]]
+        verdicts = verifier.compare([(gold, None) for gold in golds])
+        readable = [[equal is False and how in ("exact", "symbolic") for equal, how in verdicts]]
     if dist.is_initialized():  # what depends on the clock must not differ between processes
         dist.broadcast_object_list(readable)
     read = []
@@ -1146,7 +1186,8 @@ class VerifiedSamples:
 
     def __init__(self, run: Run, cap: int):
         self.path, self.is_main, self.cap = run.folder / "verified.jsonl", run.is_main, cap
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        is_there = self.is_main and self.path.exists()
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if is_there else []
         self.written = {(json.dumps(row["prompt"]), row["completion"]) for row in rows}
         self.counts = Counter(prompt for prompt, _ in self.written)
 
@@ -1436,6 +1477,8 @@ def main(args: Args) -> dict:
     if store:  # from the start again, but for a template that only the new model's tokenizer holds
         start = args.model if args.template == "chat" else run.folder / "model"
         return run.finish(f"python sft.py --model {start} --dataset {store.path}")
+    if args.dataset != Args.dataset and not args.eval_dataset:  # the rows held out are of this run alone
+        return run.finish(f"python rlvr_math.py --resume {run.folder} --steps {2 * args.steps}")
     data = ("dataset", "subset", "split", "eval_dataset", "instruction", "max_prompt_tokens", "max_completion_tokens")
     command = f"python rlvr_math.py --model {run.folder / 'model'} --evaluate-only{flags_given(args, *data)}"
     return run.finish(command)
@@ -1486,7 +1529,8 @@ def report_evaluation(run: Run, questions: int) -> dict:
         print(f"  all of this in {run.folder / 'evaluation.json'}, completions in {run.folder / 'samples.jsonl'}, "
               f"picture in {run.folder / 'scaling.png'}")  # fmt: skip
     run.baseline = {}  # there is no before and after
-    return run.finish(f"python rlvr_math.py --model {args.model}")
+    data = ("dataset", "subset", "split", "template", "instruction", "max_prompt_tokens", "max_completion_tokens")
+    return run.finish(f"python rlvr_math.py --model {args.model}{flags_given(args, *data)}")
 
 
 def flags_given(args, *names: str) -> str:

@@ -151,9 +151,10 @@ def test_surplus_is_kept_or_dropped(tmp_path):
 
 def test_the_next_command_measures_the_model_on_the_same_data(tmp_path):
     data = first_rows("maths_train.jsonl", 40)
-    output = run("dapo", *SMALL, "--dataset", data, "--max-completion-tokens", 48, "--output-dir", tmp_path / "run")
+    flags = ["--dataset", data, "--eval-dataset", TINY / "maths_test.jsonl", "--max-completion-tokens", 48]
+    output = run("dapo", *SMALL, *flags, "--output-dir", tmp_path / "run")
     command = output.strip().splitlines()[-1].split("python rlvr_math.py ")[1].split()
-    assert command[-4:] == ["--dataset", str(data), "--max-completion-tokens", "48"]
+    assert command[-6:] == list(map(str, flags))
     run("rlvr_math", *command, "--eval-rows", 4, "--eval-samples", 2, "--output-dir", tmp_path / "evaluation")
 
 

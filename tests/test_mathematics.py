@@ -390,6 +390,8 @@ def test_parity_with_transformers_sft_loss():
     ("<think><answer>2</answer></think>", "2", False),
     ("so #### 1,234.", "#### 1234", True),
     ("\\boxed{7} or \\boxed{-3}", "-3", True),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", True),
+    ("\\boxed{\\frac{1}{2}}", "2", False),
     ("it costs $1,200.00", "1200", True),
     ("no idea", "5", False),
     ("<answer>12</answer> or rather <answer>13</answer>", "12", False),

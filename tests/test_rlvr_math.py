@@ -52,7 +52,8 @@ def close(value, expected, tolerance=1e-5):
     ("The answer is √2", "√2"), ("The answer is <5", "<5"), ("The answer is (3, 4).", "(3, 4)."),
     ("\\boxed {18}", "18"),
     ("\\boxed{18}\n\n#### Verification", "18"),
-    ("The answer is that 5 of them\nleft", None), ("", None),
+    ("\\boxed{5} or 6", None), ("#### 18\nThe answer is correct.", "18"), ("<answer>The answer is 5</answer>", "5"),
+    ("Final answer:\n\n5", "5"), ("The answer is that 5 of them\nleft", None), ("", None),
 ])  # fmt: skip
 def test_rlvr_math_detail_5_what_is_stated_last_is_the_answer(text, answer):
     assert final_answer(text) == answer
@@ -99,6 +100,7 @@ def test_verifier_agrees_with_recorded_judgements():
 RIGHT = "1234|1,234|1,234.0|1234.|$1,234|1234 dollars|+1234|1{,}234|\\boxed{1234}|1.234 thousand|01234|x=1234"
 RIGHT = [("1234", answer) for answer in RIGHT.split("|")]
 RIGHT += [tuple(pair.split(" ~ ")) for pair in (
+    "500000 ~ 5 hundred thousand|5 min ~ 5 minutes|1,2 ~ 2 and 1|1,2 ~ x=1, x=2|1,2 ~ \\{2,1\\}|5 months ~ 5|"
     "-3 ~ −3|-3 ~ $-3|0.5 ~ 1/2|0.5 ~ .5|50 ~ 50%|50% ~ 50 percent|18 ~ 18 eggs|(3,4) ~ (3, 4)"
 ).split("|")]  # fmt: skip
 WORDS = [("Saturday", "saturday"), ("\\text{Saturday}", "Saturday")]
@@ -112,6 +114,9 @@ WRONG += [tuple(pair.split(" ~ ")) for pair in (
     "12 ~ 12\\text{or}13|2 ~ \\sqrt{4}|"
     "18 ~ 36/2|18 ~ \\frac{36}{2}|18 ~ 18 millions|18 ~ 18 hundredths|18 ~ 18 squared|x=3 ~ y=3|"
     "y=2x ~ x=2x|No ~ on|AB ~ BA|"
+    "x=5 ~ x+1=6|k=376 ~ 47*8=k|376,1 ~ 47*8,1|(376,1) ~ (47*8,1)|\\frac{\\pi}{2} ~ \\arcsin 1|1,2 ~ 1,2,2|"
+    "\\sqrt{3} ~ \\tan\\frac{\\pi}{3}|60 ~ 5 dozen thousand|72 ~ 72 kg million|72 ~ 72 minus something|5 ~ 5 twelfths|"
+    "5 ~ 5 xy|25 ~ 25 root|1234 ~ 1, 234|£5 ~ 5 lb|(1,2) ~ (2,1)|5 ~ 5 twentieths|1,2 ~ (1,2)|"
     "May 7 ~ 7 yam|1st ~ 1ts|5:30 ~ 1/6|1101_2 ~ 1101_3|2516_8 ~ 2516"
 ).split("|")]  # fmt: skip
 
@@ -147,7 +152,8 @@ def test_rlvr_math_detail_6_no_false_accept(gold, answer, how):
     ("\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}", "\\begin{bmatrix}2\\\\3\\end{bmatrix}", True),
     ("\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix} 3 \\\\ 2 \\end{pmatrix}", False),
     ("(3,4)", "3,4", False), ("(3,4)", "\\{3,4\\}", False), ("\\{1,2\\}", "(2,1)", False), ("1,2", "(2,1)", False),
-    ("[1,2)", "[1,2]", False), ("1,2", "2,1", True),
+    ("[1,2)", "[1,2]", False), ("1,2", "2,1", True), ("(-\\infty,2]", "x \\in (-\\infty,2]", True),
+    ("6\\pi", "6\\pi\\text{ cm}", True),
     ("\\pi", "3.141593", False), ("\\sqrt2", "1.414214", False),
     ("\\frac{\\pi}{4}", "\\int_0^1 \\frac{1}{1+x^2}dx", False),
     ("2x", "\\frac{d}{dx} x^2", False), ("\\sqrt2", "\\max(\\sqrt2,1)", False), ("2^{10}", "1024", True),
@@ -608,6 +614,7 @@ def test_r1_zero_template_ends_in_opened_reasoning(tmp_path, tokenizer):
     {"question": "1+1=?", "answer": "so 1+1=2\n#### 2"},
     {"problem": "1+1=?", "solution": "so it is $\\boxed{2}$", "level": "Level 1"},
     {"problem": "1+1=?", "answer": "2", "solution": "whatever"},
+    {"problem": "1+1=?", "answer": "", "solution": "so \\boxed{2}"},
     {"prompt": [{"role": "user", "content": "1+1=?"}], "answer": 2},
 ])  # fmt: skip
 def test_formats_of_questions(row, tmp_path):
