@@ -307,7 +307,7 @@ def extract_answer(text: str) -> str | None:
     """The final answer a text states: in the last <answer> tag, the last \\boxed{}, after the last ####, or else its
     last number. Reasoning before </think> does not count."""
     text = text.rpartition("</think>")[2]
-    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}", r"####\s*(.+)"):
+    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"####\s*(.+)"):
         if found := re.findall(pattern, text, re.DOTALL if "answer" in pattern else 0):
             return found[-1].strip()
     numbers = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?", text)
