@@ -188,6 +188,21 @@ def test_a_batch_that_cannot_be_filled(answer, sentence, advice, tmp_path, monke
     assert f"next: python dapo.py --model {tmp_path / 'model'} --max-rounds 4" in capfd.readouterr().out
 
 
+def test_what_was_learned_before_a_batch_cannot_be_filled_is_measured(tmp_path, monkeypatch):
+    calls, real = [], dapo.sample_groups
+
+    def solved_after_the_first_round(*arguments):
+        calls.append(arguments)
+        return [g._replace(correct=[len(calls) > 1, True]) for g in real(*arguments)]
+
+    monkeypatch.setattr(dapo, "sample_groups", solved_after_the_first_round)
+    small = {"batch_size": 2, "minibatches": 1, "num_samples": 2, "eval_rows": 2, "eval_samples": 1, "eval_every": 0}
+    with pytest.raises(SystemExit, match="100% are all right"):
+        dapo.main(dapo.Args(**small, max_rounds=1, generation_batch_size=4, output_dir=str(tmp_path)))
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 1] and "eval/accuracy" in rows[-1]
+
+
 def test_two_processes_end_a_batch_that_cannot_be_filled(tmp_path):
     """After steps that were taken: what they have brought is measured, and the sentence told once."""
     easy = tmp_path / "easy.jsonl"
