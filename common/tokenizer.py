@@ -191,6 +191,49 @@ def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None
     return render_chat(tokenizer, as_messages(prompt, "user"), tools, generation_prompt=True).ids
 
 
+def knows_tools(tokenizer) -> bool:
+    """Whether the chat template tells the model which tools there are."""
+    require_chat_template(tokenizer)
+    probe = {"name": "probe_of_tools", "description": "", "parameters": {"type": "object", "properties": {}}}
+    try:
+        text = _render(tokenizer, as_messages("a", "user"), [{"type": "function", "function": probe}], True)
+    except Exception:  # whatever a template that does something else with `tools` may raise
+        return False
+    return "probe_of_tools" in text
+
+
+def encode_between_turns(tokenizer, messages: list[dict]) -> list[int]:
+    """Ids that the template puts between a turn of the assistant and its next one, with `messages` in between.
+
+    What an agent has sampled is never rendered again, so what it reads in between is tokenised by itself: rendered
+    behind a dummy exchange, and taken from behind the assistant's end-of-turn token up to the header of its next turn.
+    """
+    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "REPLY"}]
+    safe = [{**m, "content": _neutralise(tokenizer, m["content"], special_only=False)} for m in messages]
+    text = _render(tokenizer, [*exchange, *safe], None, True)
+    # The first of either: what stands before them is the template's own, what comes after may be anything.
+    return _encode(tokenizer, text.partition("REPLY")[2].partition(end_of_turn(tokenizer))[2])
+
+
+def require_kept_history(tokenizer, observation: list[dict]) -> None:
+    """Exit with a sentence where the template renders an assistant's turn otherwise once `observation` has followed it.
+
+    White space is left out of account: templates that set reasoning apart often put it on lines of its own.
+    """
+    reply = {"role": "assistant", "content": "<think>one</think>two"}
+    history = as_messages("a", "user")
+    for _ in range(2):
+        before = _render(tokenizer, history, None, True) + reply["content"]
+        history = [*history, reply, *observation]
+        after = _render(tokenizer, history, None, True)
+        if not "".join(after.split()).startswith("".join(before.split())):
+            raise SystemExit(
+                f"The chat template of {tokenizer.name_or_path} rewrites earlier turns: once a tool has answered, what "
+                "the assistant wrote before is no longer rendered as it was sampled. An agent trained on its own "
+                "tokens would be served another history. Use a template that only appends."
+            )
+
+
 # ---------------------------------------------------------------------------------------------- padding
 
 
@@ -319,8 +362,10 @@ def pack(segments: list[Segment]) -> Packed:
     )
 
 
-def pack_completions(prompts: list[list[int]], completions: list[list[int]]) -> Packed:
-    """Pack completions behind their prompts, every token of a completion scored.
+def pack_completions(
+    prompts: list[list[int]], completions: list[list[int]], masks: list[list[bool]] | None = None
+) -> Packed:
+    """Pack completions behind their prompts; all their tokens are scored, or those that `masks` names.
 
     A prompt that equals the one before it is laid out once and shared, so G samples of a prompt cost one prompt.
     """
@@ -330,7 +375,7 @@ def pack_completions(prompts: list[list[int]], completions: list[list[int]]) -> 
         if i == 0 or prompt != prompts[i - 1]:
             prefix = len(segments)
             segments.append(Segment(prompt, [False] * len(prompt)))
-        segments.append(Segment(completion, [True] * len(completion), prefix))
+        segments.append(Segment(completion, masks[i] if masks else [True] * len(completion), prefix))
     return pack(segments)
 
 

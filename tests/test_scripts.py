@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, fails, first_rows, metrics, run, start, weights
 
+import agentic
 import dapo
 import dpo
 import grpo
@@ -35,6 +36,7 @@ SHORT = {
     "dpo": [*BRIEF, *PAIRS, "--eval-samples", 1, "--batch-size", 8],
     "reward_model": [*BRIEF, *PAIRS, "--batch-size", 8],
     "ppo": [*BRIEF, *NEEDED["ppo"], "--batch-size", 4, "--update-epochs", 2, "--eval-samples", 1],
+    "agentic": [*BRIEF, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1],
 }
 # The same, and the settings of a script that take another path through its loop.
 CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
@@ -56,6 +58,10 @@ CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
     ),
     "rlvr_math_experts": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "expert_iteration", "--save-verified"]),
     "rlvr_math_rloo": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "rloo", "--minibatches", 2, "--beta", 0.1]),
+    "agentic_turns": (
+        "agentic",
+        [*SHORT["agentic"], "--credit", "turn", "--call-cost", 0.1, "--minibatches", 2, "--cohorts", 3, "--beta", 0],
+    ),
     "dpo_kto": ("dpo", [*SHORT["dpo"], "--loss", "kto"]),
     "dpo_rpo": ("dpo", [*SHORT["dpo"], "--loss", "rpo"]),
     "dpo_online": ("dpo", [*SHORT["dpo"], "--iterations", 2, "--epochs", 0.2]),
@@ -261,7 +267,7 @@ def timeless(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dpo_detail_4_dapo_detail_7_ppo_detail_13_microbatches_and_processes_change_nothing(case, tmp_path):
+def test_dpo_detail_4_dapo_detail_7_ppo_detail_13_agentic_detail_6_any_split_is_the_same(case, tmp_path):
     script, flags = CASES[case]
     # After two steps of at most 1e-5: Adam divides tiny differences by tiny gradients, hence a tenth of that way.
     steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
@@ -304,8 +310,16 @@ def test_sft_detail_7_dpo_detail_10_reward_model_detail_12_resume_after_kill_9_i
     check_resume(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in OFFLINE])
+AGENTS = [case for case in CASES if case.startswith("agentic")]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OFFLINE + AGENTS])
 def test_ppo_detail_10_grpo_detail_10_dapo_detail_10_rlvr_math_detail_10_resume_is_exact(case, tmp_path):
+    check_resume(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", AGENTS)
+def test_agentic_detail_10_resume_is_exact(case, tmp_path):
     check_resume(case, tmp_path)
 
 
@@ -324,7 +338,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, tmp_path):
 
 @pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT), ("dpo", signal.SIGTERM),
                                            ("reward_model", signal.SIGINT), ("ppo", signal.SIGTERM),
-                                           ("dapo", signal.SIGINT), ("rlvr_math", signal.SIGTERM)])  # fmt: skip
+                                           ("dapo", signal.SIGINT), ("rlvr_math", signal.SIGTERM),
+                                           ("agentic", signal.SIGINT)])  # fmt: skip
 def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path):
     process = start(script, *SHORT[script], "--steps", 4000, "--output-dir", tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
@@ -449,13 +464,13 @@ def test_answers_that_are_numbers(tmp_path):
     run("grpo", *SHORT["grpo"], "--steps", 1, "--dataset", data, "--output-dir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", ["sft", "grpo", "dapo", "rlvr_math", "reward_model", "ppo"])
+@pytest.mark.parametrize("script", ["sft", "grpo", "dapo", "rlvr_math", "reward_model", "ppo", "agentic"])
 def test_prompts_that_are_all_too_long(script, tmp_path):
     flags = [*NEEDED.get(script, []), "--dataset", write(tmp_path / "data.jsonl", GOOD * 20), "--max-prompt-tokens", 3]
     assert "--max-prompt-tokens" in fails(script, *flags, "--output-dir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("module", [dapo, dpo, grpo, ppo, reward_model, rlvr_math, sft])
+@pytest.mark.parametrize("module", [agentic, dapo, dpo, grpo, ppo, reward_model, rlvr_math, sft])
 def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
     data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
     rows = module.load_rows(str(data), None, "train", (("question", "answer"),))
