@@ -46,8 +46,8 @@ Implementation details that matter, each marked in the code under its number:
 15. Whatever goes wrong in a call is an observation that the model can learn from, and a counter; never a crash.
 16. Text of the model reaches no parser but JSON's and ast's: search terms are quoted, code runs in a process without
     rights.
-17. While some trajectories wait for their tools others sample. Who is sampled together is fixed beforehand, so that no
-    clock can change a result.
+17. While one cohort of trajectories waits for its tools the others sample. Who is sampled together is fixed beforehand,
+    so that no clock can change a result (where what is kept of earlier turns finds room in the sampler's memory).
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ from common.tokenizer import (
     as_messages,
     encode_between_turns,
     encode_text,
+    end_of_turn,
     knows_tools,
     load_tokenizer,
     pack_completions,
@@ -146,10 +147,10 @@ class Args:
     search_results: int = 3
     """documents that a search returns at most"""
     tool_seconds: float = 5.0
-    """a call that takes longer is given up; code of the `python` tool is killed"""
+    """of a call; code of the `python` tool is killed then, another tool given up when all else has been done"""
     python_memory_mb: int = 512
     """address space of the `python` tool"""
-    max_turns: int = 4
+    max_turns: int = 3
     """turns of the model in a trajectory; calls of the last one are not made"""
     max_calls: int = 4
     """calls in one turn"""
@@ -242,8 +243,8 @@ class Args:
 
 class Environment:
     """What an agent lives in. Every trajectory has an instance of its own, which may hold a state; `reset` is given the
-    row and returns the messages to begin with, `tools` are functions with type hints and a docstring, `reward` judges
-    the end. That is all that one's own needs:
+    row and returns the messages to begin with (the same each time: whatever chance it needs comes from the row),
+    `tools` are functions with type hints and a docstring, `reward` judges the end. That is all that one's own needs:
 
         class HigherLower(Environment):
             def reset(self, row):
@@ -287,26 +288,28 @@ class Questions(Environment):
 
     def reset(self, row: dict) -> list[dict]:
         self.gold = row["answer"]
-        *before, last = as_messages(row["prompt"] if row.get("prompt") is not None else row["question"], "user")
-        added = f"\n\n{self.args.instruction}" if self.args.instruction else ""
-        return [*before, {**last, "content": last["content"] + added}]
+        messages = as_messages(row["prompt"] if row.get("prompt") is not None else row["question"], "user")
+        if self.args.instruction and messages:
+            asked = messages[-1].get("content") or ""
+            messages[-1] = {**messages[-1], "content": f"{asked}\n\n{self.args.instruction}"}
+        return messages
 
     def reward(self, trajectory: Trajectory) -> float:
         return float(trajectory.answer is not None and is_right(trajectory.answer, self.gold))
 
 
 def is_right(text: str, gold: str) -> bool:
-    """Whether the answer a text states is `gold`: as numbers where it holds digits, and otherwise as SQuAD and
-    Search-R1 compare texts, without regard to case, punctuation, articles and spacing."""
+    """Whether the answer a text states is `gold`: as numbers where that is one, and otherwise as SQuAD and Search-R1
+    compare texts, without regard to case, punctuation, articles and spacing."""
 
     def normal(answer: str) -> list[str]:
         plain = answer.lower().translate(str.maketrans("", "", string.punctuation))
-        return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+        return re.sub(r"\b(a|an|the)\b", " ", plain).split() or [answer.strip().lower()]
 
-    if re.search(r"\d", gold):
+    gold, answer = gold.rpartition("####")[2].strip(), extract_answer(text)
+    if re.fullmatch(r"[-+$]*[\d,]*\.?\d+", gold):
         return is_correct(text, gold)
-    answer = extract_answer(text)
-    return answer is not None and normal(answer) == normal(gold) != []
+    return answer is not None and normal(answer) == normal(gold)
 
 
 def extract_answer(text: str) -> str | None:
@@ -342,18 +345,17 @@ class Tool(NamedTuple):
     schema: dict  # {"type": "function", "function": {"name", "description", "parameters"}}
 
 
-SCHEMAS: dict[Callable, dict] = {}  # of functions seen so far: every trajectory asks anew
+SCHEMAS: dict = {}  # by the code of the function: every trajectory asks anew, and a method is another object in each
 
 
 def toolset(functions: list[Callable]) -> dict[str, Tool]:
     """Tools by their names; exits with a sentence where a function does not say what it takes."""
     tools = {}
     for function in functions:
-        plain = getattr(function, "__func__", function)  # a method is another object in every instance
-        name = getattr(function, "__name__", repr(function))
-        if plain not in SCHEMAS:
+        code, name = getattr(function, "__code__", function), getattr(function, "__name__", repr(function))
+        if code not in SCHEMAS:
             try:
-                SCHEMAS[plain] = get_json_schema(function)
+                SCHEMAS[code] = get_json_schema(function)
             except Exception as error:  # of many kinds, all of them about how the function is written
                 sys.exit(
                     f"Tool {name}: the model cannot be told how to call it ({first_line(error)}). Give every argument "
@@ -361,7 +363,7 @@ def toolset(functions: list[Callable]) -> dict[str, Tool]:
                 )
         if name in tools:
             sys.exit(f"Tool {name}: two tools have this name.")
-        tools[name] = Tool(function, SCHEMAS[plain])
+        tools[name] = Tool(function, SCHEMAS[code])
     return tools
 
 
@@ -374,12 +376,16 @@ def calculator(expression: str) -> str:
     if len(expression) > 200:
         raise ValueError(f"the expression has {len(expression)} characters; at most 200 are read")
     plain = expression.translate({ord("×"): "*", ord("÷"): "/", ord("−"): "-", ord("^"): "**"})
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", plain)  # thousands
+    if not re.fullmatch(r"[0-9eE.+*/%() \n-]*", plain):
+        raise ValueError("only numbers and + - * / // % ** ( ) can be computed")
     try:
-        tree = ast.parse(plain.strip(), mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        value = evaluate(ast.parse(plain.strip(), mode="eval").body)
+        return str(value.numerator) if value.denominator == 1 else f"{float(value):.12g}"
+    except OverflowError:
+        raise ValueError("the result is too large") from None
+    except (SyntaxError, MemoryError, RecursionError):
         raise ValueError("this is not an arithmetic expression") from None
-    value = evaluate(tree.body)
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.12g}"
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -415,10 +421,9 @@ def evaluate(node: ast.AST) -> Fraction:
 
 
 class Corpus:
-    """Documents in SQLite's full-text index FTS5, ranked by BM25. Built once in memory, where it takes about twice the
-    text, and then only read, by one thread at a time.
+    """Documents in SQLite's full-text index FTS5, ranked by BM25. Built once, then only read, by any number of threads.
 
-    path: what --corpus names; rows with `text` and, if they have one, `title`.
+    path: what --corpus names; rows with `text` and, if they have one, `title`. The index is a temporary file.
     """
 
     def __init__(self, path: str, results: int):
@@ -430,25 +435,25 @@ class Corpus:
             documents[title.strip(), text.strip()] += 1
         empty = sum(count for (_, text), count in documents.items() if not text)
         kept = [document for document in documents if document[1]]
-        total = documents.total() if hasattr(documents, "total") else sum(documents.values())
+        total = documents.total()
         for count, what in ((empty, "are empty"), (total - empty - len(kept), "stand there twice")):
             if count:
                 print(f"{path}: {count} of {total} documents {what}; they are left out.")
         if not kept:
             sys.exit(f"{path}: no document with any text is left of {total}.")
-        self.results, self.lock = results, threading.Lock()
-        self.index = sqlite3.connect(":memory:", check_same_thread=False)
-        try:
-            self.index.execute("CREATE VIRTUAL TABLE documents USING fts5(title, text, tokenize='porter unicode61')")
-        except sqlite3.OperationalError as error:
-            sys.exit(
-                f"--tools search needs SQLite with its full-text index FTS5, which this Python lacks ({error}). "
-                "Use a Python from python.org, conda or a Linux distribution, or leave search out of --tools."
-            )
-        with self.index:
+        self.results, self.local = results, threading.local()
+        self.folder = tempfile.TemporaryDirectory(prefix="corpus-")
+        self.file = Path(self.folder.name, "index.sqlite")
+        with contextlib.closing(sqlite3.connect(self.file)) as index, index:
+            try:
+                index.execute("CREATE VIRTUAL TABLE documents USING fts5(title, text, tokenize='porter unicode61')")
+            except sqlite3.OperationalError as error:
+                sys.exit(
+                    f"--tools search needs SQLite with its full-text index FTS5, which this Python lacks ({error}). "
+                    "Use a Python from python.org, conda or a Linux distribution, or leave search out of --tools."
+                )
             rows = [(utf8(title), utf8(text)) for title, text in kept]
-            self.index.executemany("INSERT INTO documents VALUES (?, ?)", rows)
-        self.index.execute("PRAGMA query_only = ON")
+            index.executemany("INSERT INTO documents VALUES (?, ?)", rows)
 
     def search(self, query: str) -> str:
         """Search the documents.
@@ -461,12 +466,14 @@ class Corpus:
             raise ValueError("the query holds no word")
         # Quoted, a term is a term to the query parser whatever it holds.  # detail 16
         wanted = " OR ".join(f'"{term}"' for term in terms)
-        with self.lock:
-            found = self.index.execute(
-                "SELECT title, text FROM documents WHERE documents MATCH ? ORDER BY rank, rowid LIMIT ?",
-                (wanted, self.results),
-            ).fetchall()
-        passages = [text if text.startswith(title) else f"{title}: {text}" for title, text in found]
+        if not hasattr(self.local, "index"):  # a connection belongs to its thread
+            self.local.index = sqlite3.connect(f"{self.file.as_uri()}?mode=ro", uri=True)
+        found = self.local.index.execute(
+            "SELECT title, text FROM documents WHERE documents MATCH ? ORDER BY rank, rowid LIMIT ?",
+            (wanted, self.results),
+        ).fetchall()
+        passages = [text if re.match(rf"{re.escape(title)}\b", text) or not title else f"{title}: {text}"
+                    for title, text in found]  # fmt: skip
         return "\n".join(passages) or "nothing found"
 
 
@@ -481,7 +488,7 @@ def utf8(text: str) -> str:
 def confine() -> None:
     """Runs in an interpreter of its own, from its source: gives up all rights, then executes main.py.
 
-    With `check` as its argument it prints which rows of Sandbox's table it could not establish.
+    With `check` as its last argument it prints which rows of Sandbox's table it could not establish.
     """
     import ctypes
     import os
@@ -491,7 +498,8 @@ def confine() -> None:
     import sys
     import traceback
 
-    seconds, memory, file_size, check = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["check"]
+    seconds, memory, file_size, parent = map(int, sys.argv[1:5])
+    known = sys.argv[5]  # rows that are known not to hold, or "check"
     missing = []
     limits = {"CPU": seconds, "AS": memory, "FSIZE": file_size, "NOFILE": 64, "CORE": 0, "STACK": 8 << 20, "NPROC": 0}
     for name, value in limits.items():
@@ -501,10 +509,11 @@ def confine() -> None:
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
         except (AttributeError, ValueError, OSError):  # a system may not know it, or not obey
-            missing += {"CPU": ["time"], "AS": ["memory"], "FSIZE": ["files"]}.get(name, [])
-    if not check:
+            missing += {"CPU": ["time"], "AS": ["memory"], "STACK": ["memory"], "FSIZE": ["files"]}.get(name, [])
+    if known != "check":
         with open("main.py", "rb") as file:
             code = file.read()
+    os.environ.clear()
     if sys.platform != "linux":
         missing += ["memory", "processes", "files", "network", "environment", "signals"]
     else:
@@ -513,67 +522,97 @@ def confine() -> None:
         def call(function, *arguments) -> int:
             return function(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
 
-        call(libc.prctl, 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: killed when the thread that waits for it is gone
-        call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which both of the following want
+        if call(libc.prctl, 1, 9, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG: killed when the thread that waits for it is gone
+            missing += ["signals"]
+        if os.getppid() != parent:  # which happened before
+            os._exit(1)
+        call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which both of the following want and will miss
 
         # Landlock: no file can be opened, made or removed but where a rule says so. Bits: 1 write, 2 read, 3 list,
-        # 5 remove file, 8 make file, 14 truncate; made folders, links and devices are in no rule.
+        # 8 make file, 14 truncate; to remove, and to make folders, links and devices, are in no rule.
         handled, readable = (1 << 15) - 1, 1 << 2 | 1 << 3
-        writable = readable | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14
         ruleset = -1
         if call(libc.syscall, 444, None, 0, 1) >= 3:  # landlock_create_ruleset, its version
             ruleset = call(libc.syscall, 444, struct.pack("Q", handled), 8, 0)
-        library = os.path.dirname(os.path.dirname(os.__file__))  # lib/ of this Python
-        rules = dict.fromkeys([library, "/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"], readable)
-        rules |= {"/etc/ld.so.cache": 1 << 2, "/dev/urandom": 1 << 2, "/dev/null": 1 << 1 | 1 << 2, ".": writable}
+        library = os.path.dirname(os.__file__)  # of this Python, without what has been installed
+        above = os.path.dirname(library)
+        rules = {os.path.join(library, name): readable for name in os.listdir(library)}
+        rules |= {os.path.join(above, name): readable for name in os.listdir(above) if ".so" in name}
+        rules = {path: rights for path, rights in rules.items() if not path.endswith("-packages")}
+        rules |= dict.fromkeys(["/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"], readable) | {library: 1 << 3}
+        rules |= {"/etc/ld.so.cache": 1 << 2, "/dev/urandom": 1 << 2, "/dev/null": 1 << 1 | 1 << 2}
+        rules["."] = readable | 1 << 1 | 1 << 8 | 1 << 14
         for path, rights in rules.items():
             if ruleset >= 0 and os.path.exists(path):
                 place = os.open(path, os.O_PATH)
+                rights &= -1 if os.path.isdir(path) else ~(1 << 3)
                 call(libc.syscall, 445, ruleset, 1, struct.pack("=Qi", rights, place), 0)
                 os.close(place)
         if ruleset < 0 or call(libc.syscall, 446, ruleset, 0) != 0:  # landlock_restrict_self
             missing += ["files", "environment"]
+        # Root's capabilities, but for that of reading a library in somebody else's home, or even that.
+        none = struct.pack("=6I", *[0] * 6)
+        for kept in (struct.pack("=6I", 4, 4, 0, 0, 0, 0), none):
+            if call(libc.capset, struct.pack("=Ii", 0x20080522, 0), kept) == 0:
+                break
+        else:
+            missing += ["files"]
 
         # seccomp: these system calls and no others; none starts a process or thread, opens a socket, sends a signal,
-        # or changes the owner, mode or times of a file.
+        # changes the owner, mode or times of a file, or takes its space without its length.
         machines = {
             "x86_64": (
-                0xC000003E, 72,
-                "0-25 27-28 32-40 60-61 63 72-75 77-82 87 89 95-96 98-100 102 104 107-108 110-111 115 121 124 127-128 "
-                "131 137-138 158 186 201-202 204 217-219 228-233 247 257 262-264 267 269-271 273 281 285 290-293 309 "
-                "316 318 324 326 332 334 436 439",
+                0xC000003E, {"fcntl": 72, "ioctl": 16, "openat": 257, "open": 2},
+                "0-28 32-40 60-61 63 72-75 77-82 87 89 95-96 98-100 102 104 107-108 110-111 115 121 124 127-128 131 "
+                "137-138 158 186 201-202 204 217-219 228-233 247 257 262-264 267 269-271 273 281 290-293 309 316 318 "
+                "324 326 332 334 436 439",
             ),
             "aarch64": (
-                0xC00000B7, 25,
-                "17 19-25 29 32 35 38 43-44 46-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-99 101-103 113-115 123-124 "
-                "128 132 134-137 139 153 155-156 158 160 165-166 168-169 172-179 214-216 222 226 232-233 260 276 278 "
-                "283 285 291 293 436 439",
+                0xC00000B7, {"fcntl": 25, "ioctl": 29, "openat": 56},
+                "17 19-25 29 32 35 38 43-44 46 48-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-99 101-103 113-115 "
+                "123-124 128 132 134-137 139 153 155-156 158 160 165-166 168-169 172-179 214-216 222 226-227 232-233 "
+                "260 276 278 283 285 291 293 436 439",
             ),
         }  # fmt: skip
-        architecture, fcntl, numbers = machines.get(platform.machine(), (0, 0, ""))
+        architecture, special, numbers = machines.get(platform.machine(), (0, {}, ""))
         allowed = []
         for part in numbers.split():
             first, _, last = part.partition("-")
             allowed += range(int(first), int(last or first) + 1)
-        load, equal, greater, at_least, end = 0x20, 0x15, 0x25, 0x35, 0x06  # opcodes of classic BPF
+        load, equal, has_bits, end = 0x20, 0x15, 0x45, 0x06  # opcodes of classic BPF
         kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000  # deny: the call fails with EPERM
-        program = [
-            (load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0),
-            # fcntl could have a signal sent to another process (F_SETOWN, F_SETSIG): its commands 0-7 and from 1024 on.
-            (equal, 0, 6, fcntl), (load, 0, 0, 24), (greater, 1, 0, 7), (end, 0, 0, allow), (at_least, 1, 0, 1024),
-            (end, 0, 0, deny), (end, 0, 0, allow),
-            *[(equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)],
-            (end, 0, 0, deny), (end, 0, 0, allow),
-        ]  # fmt: skip
+
+        def only(number: int, offset: int, values: list[int]) -> list[tuple]:
+            """A call is allowed if its argument, which lies at `offset`, is one of these."""
+            tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+            ends = [(end, 0, 0, deny), (end, 0, 0, allow)]
+            return [(equal, 0, len(values) + 3, number), (load, 0, 0, offset), *tests, *ends]
+
+        program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
+        if allowed:
+            # fcntl without owners and signals of files, leases and the size of pipes; ioctl for terminals and pending
+            # bytes alone; no files without a name.
+            program += only(special["fcntl"], 24, [*range(8), 1030])
+            program += only(special["ioctl"], 24, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451])
+            for name, offset in (("open", 24), ("openat", 32)):
+                if name in special:
+                    program += [(equal, 0, 4, special[name]), (load, 0, 0, offset), (has_bits, 0, 1, 0x400000)]
+                    program += [(end, 0, 0, deny), (end, 0, 0, allow)]
+        program += [(equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
+        program += [(end, 0, 0, deny), (end, 0, 0, allow)]
         filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
         described = struct.pack("HP", len(program), ctypes.addressof(filters))
         if not allowed or call(libc.prctl, 22, 2, described, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
             missing += ["processes", "network", "signals"]
-    if check:
+    if known == "check":
         print(" ".join(dict.fromkeys(missing)))
         return
+    if unexpected := [row for row in missing if row not in known.split()]:
+        sys.exit(f"the sandbox does not hold ({', '.join(unexpected)}): nothing was run")
+    sys.argv[:] = ["main.py"]
+    sys.modules["__main__"] = module = type(sys)("__main__")
     try:
-        exec(compile(code, "main.py", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "main.py", "exec"), module.__dict__)
     except SystemExit:
         raise
     except BaseException as error:
@@ -589,36 +628,44 @@ class Sandbox:
 
         what          how it is contained (Linux on x86-64 and ARM64)
         ------------  ----------------------------------------------------------------------------------------------
-        time          killed after --tool-seconds by the clock; as much of one processor (RLIMIT_CPU)
-        memory        --python-memory-mb of address space (RLIMIT_AS), 8 MB of stack
+        time          killed after --tool-seconds by the clock; little more of one processor (RLIMIT_CPU)
+        memory        --python-memory-mb of address space (RLIMIT_AS), 8 MB of stack; no memory that outlives it
         processes     none, and no threads, can be started, and no program executed (seccomp)
-        files         Landlock: reads this Python's library and /usr/lib, writes in its empty scratch folder alone, in
-                      which it cannot make folders or links; nowhere can it change owners, modes or times (seccomp).
-                      At most 8 MB each, 64 open at once; killed at 16 MB together. The folder is removed
+        files         reads this Python's standard library and /usr/lib, and makes and writes files in its empty scratch
+                      folder alone (Landlock), of at most 8 MB each and 64 open at once; killed at 16 MB together, or
+                      4,000 files, as a look every 20 ms finds them. It can remove nothing, make no folder or link,
+                      and change nobody's owner, mode or times (seccomp, capabilities). The folder is removed
         output        killed at 64 kB; bytes that are no UTF-8 are replaced; standard input is empty
         network       no sockets of any kind (seccomp)
-        environment   empty; /proc cannot be read (Landlock), nor the data, the graders or the model
+        environment   empty; /proc/…/environ cannot be read, nor the data, the graders or the model (Landlock)
         signals       none can be sent to another process, nor can one be traced (seccomp); it ends with its parent
 
-    Not contained: it can tell which files exist and how large they are; it shares the processor's caches and the
-    kernel, whose faults are its ways out; a training that is itself killed by SIGKILL leaves the scratch folder behind.
-    What it costs: asyncio, threads and packages beyond the standard library do not work. Without seccomp or Landlock
-    (Linux ≥ 6.2), and on other systems, `missing` says which rows do not hold.
+    Not contained: it can tell which files exist, how large they are and where links lead; it shares the processor's
+    caches and the kernel, whose faults are its ways out; a training that is killed by SIGKILL leaves the scratch folder
+    behind. What it costs: asyncio, threads, temporary files, and packages beyond the standard library do not work.
+    Without seccomp or Landlock (Linux ≥ 6.2), and on other systems, `gaps` names the rows that do not hold.
     """
 
     OUTPUT, FILES = 64_000, 16_000_000  # bytes
 
     def __init__(self, seconds: float, memory_mb: int):
-        self.seconds = seconds
-        limits = [str(math.ceil(seconds)), str(memory_mb << 20), str(self.FILES // 2)]
-        self.command = [sys.executable, "-I", "-S", "-u", "-X", "utf8", "-c", CONFINE_SOURCE, *limits]
+        self.seconds, self.folder = seconds, tempfile.TemporaryDirectory(prefix="sandbox-")
+        # One second more than the clock has, which otherwise might find it killed already.
+        self.limits = [str(math.ceil(seconds) + 1), str(memory_mb << 20), str(self.FILES // 2), str(os.getpid())]
+        try:
+            check = subprocess.run(self.command("check"), capture_output=True, text=True, env={}, cwd=self.folder.name,
+                                   timeout=60)  # fmt: skip
+            told, failed = check.stdout, ""
+            if check.returncode:
+                failed = check.stderr.strip()[-200:] or f"exit status {check.returncode}"
+        except (OSError, TypeError, subprocess.TimeoutExpired) as error:
+            told, failed = "", first_line(error)
+        if failed:
+            sys.exit(f"--tools python: the sandbox cannot be started with {sys.executable} ({failed}).")
+        self.gaps = told.split()  # rows of the table that this system cannot keep
 
-    def missing(self) -> list[str]:
-        """The rows of the table that this system cannot keep."""
-        told = subprocess.run([*self.command, "check"], capture_output=True, text=True, env={})
-        if told.returncode:
-            sys.exit(f"--tools python: the sandbox could not be started ({told.stderr.strip()[-200:]}).")
-        return told.stdout.split()
+    def command(self, known: str) -> list[str]:
+        return [sys.executable, "-I", "-S", "-u", "-X", "utf8", "-c", CONFINE_SOURCE, *self.limits, known]
 
     def python(self, code: str) -> str:
         """Run Python code, which has the standard library and nothing else, and read what it prints.
@@ -626,7 +673,7 @@ class Sandbox:
         Args:
             code: A program that prints its result.
         """
-        scratch = tempfile.mkdtemp(prefix="sandbox-")
+        scratch = tempfile.mkdtemp(dir=self.folder.name)
         try:
             Path(scratch, "main.py").write_bytes(code.encode("utf-8", "replace"))
             return self.run(scratch)
@@ -636,25 +683,26 @@ class Sandbox:
     def run(self, scratch: str) -> str:
         """What main.py in `scratch` prints, and how it ended if not well. Raises TimeoutError."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(self.command, **pipes, cwd=scratch, env={}, start_new_session=True)
-        deadline, pipe, output, ended, reason = time.monotonic() + self.seconds, process.stdout.fileno(), b"", False, ""
+        command = self.command(" ".join(self.gaps))
+        process = subprocess.Popen(command, **pipes, cwd=scratch, env={}, start_new_session=True)
+        began, pipe, output, is_closed, reason = time.monotonic(), process.stdout.fileno(), b"", False, ""
         os.set_blocking(pipe, False)
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
         try:
-            # Left unreaped, an ended process keeps its number, so that what is killed below can be nobody else.
-            while not reason and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                if ended:
-                    time.sleep(0.002)
+            while not reason and not has_ended(process):
+                if is_closed:
+                    time.sleep(0.002 if time.monotonic() < began + 0.2 else 0.02)
                 elif poller.poll(20):
-                    chunk = os.read(pipe, 65536)
-                    output, ended = output + chunk, not chunk
-                if time.monotonic() > deadline:
+                    with contextlib.suppress(BlockingIOError):  # it can read its own pipe, and may have been faster
+                        chunk = os.read(pipe, 65536)
+                        output, is_closed = output + chunk, not chunk
+                if time.monotonic() > began + self.seconds:
                     reason = f"stopped: it took longer than {self.seconds:g} seconds"
                 elif len(output) > self.OUTPUT:
                     reason = f"stopped: it printed more than {self.OUTPUT} bytes"
                 elif folder_size(scratch) > self.FILES:
-                    reason = f"stopped: its files are larger than {self.FILES} bytes"
+                    reason = f"stopped: its files take more than {self.FILES} bytes"
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -664,8 +712,6 @@ class Sandbox:
                 output += chunk
         process.stdout.close()
         text = output[: self.OUTPUT].decode("utf-8", "replace")
-        if status == -signal.SIGXCPU:
-            reason = f"stopped: it took longer than {self.seconds:g} seconds"
         if not reason and status:
             reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         told = "\n".join(filter(None, [text.rstrip("\n"), reason and f"[{reason}]"])) or "(it printed nothing)"
@@ -674,13 +720,22 @@ class Sandbox:
         return told
 
 
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether a process has ended. It is left unreaped where that is possible: it keeps its number, so that who is
+    killed by that number afterwards can be nobody else."""
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return process.poll() is not None
+
+
 def folder_size(folder: str) -> int:
-    """Bytes that the files in a folder without folders take, at least a block for each. Some may vanish meanwhile."""
+    """Bytes that the files in a folder without folders take or claim, at least a block for each."""
     total = 0
     with os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
-                total += max(4096, entry.stat(follow_symlinks=False).st_size)
+                about = entry.stat(follow_symlinks=False)
+                total += max(4096, about.st_size, 512 * about.st_blocks)
     return total
 
 
@@ -694,8 +749,8 @@ def build_tools(args: Args) -> list[Callable]:
             tools.append(Corpus(args.corpus, args.search_results).search)
         else:
             sandbox = Sandbox(args.tool_seconds, args.python_memory_mb)
-            if gaps := sandbox.missing():
-                print(f"notice: on this system the sandbox of the python tool does not contain: {', '.join(gaps)}.")
+            if sandbox.gaps:
+                print(f"notice: the sandbox of the python tool does not contain here: {', '.join(sandbox.gaps)}.")
             tools.append(sandbox.python)
     return tools
 
@@ -716,7 +771,7 @@ class Call:
     error: str | None = None  # one of ERRORS
 
     def fail(self, kind: str, why: str) -> Call:
-        self.error, self.observation = kind, f"error: {why}"
+        self.error, self.observation = kind, utf8(f"error: {why}")
         return self
 
 
@@ -739,11 +794,21 @@ def parse_calls(text: str) -> list[Call]:
             calls.append(Call("", {}).fail("bad_json", "a call must end with </tool_call> behind its JSON object"))
         elif not isinstance(value, dict) or not isinstance(value.get("name"), str):
             calls.append(Call("", {}).fail("bad_json", 'a call must be an object with "name" and "arguments"'))
+        elif is_deeper(value, 32):
+            calls.append(Call(value["name"], {}).fail("bad_arguments", "the arguments are nested too deeply"))
         elif not isinstance(value.get("arguments"), dict):
             calls.append(Call(value["name"], {}).fail("bad_arguments", '"arguments" must be an object'))
         else:
             calls.append(Call(value["name"], value["arguments"]))
     return calls
+
+
+def is_deeper(value, levels: int) -> bool:
+    """Whether lists and objects are nested in each other more than so many times."""
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [x for v in layer if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+    return bool(layer)
 
 
 JSON_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
@@ -782,10 +847,10 @@ def make_call(call: Call, tools: dict[str, Tool]) -> None:
         call.fail("bad_arguments", problem)
     else:
         try:
-            call.observation = str(tools[call.name].function(**call.arguments))
+            call.observation = utf8(str(tools[call.name].function(**call.arguments))) or "(nothing)"
         except TimeoutError as error:
             call.fail("timed_out", str(error) or "it took too long")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the latter would end the thread
             call.fail("failed", str(error) or type(error).__name__)
 
 
@@ -892,28 +957,58 @@ class Trajectory:
 class Dialogue:
     """How a chat template tells of tools and of what they answered.
 
-    A template that knows tools is given their schemas and messages of the role `tool`. For one that does not the tools
-    are described in the system message, and answers come as a user's turn in <tool_response> tags.
+    A template that knows tools, and has them called as `parse_calls` reads it, is given their schemas and messages of
+    the role `tool`. For any other the tools are described in the system message, or before the first message where
+    there can be none, and answers come as a user's turn in <tool_response> tags.
     """
 
     def __init__(self, tokenizer, max_observation_tokens: int):
         self.tokenizer, self.limit = tokenizer, max_observation_tokens
+        if not tokenizer.chat_template:
+            sys.exit(
+                f"The tokenizer of {tokenizer.name_or_path} has no chat template, and an agent lives in a chat. Use "
+                "the instruct version of the model, or set tokenizer.chat_template and save it."
+            )
+        self.closing = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+        probe = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        tool, seen = Tool(print, {"type": "function", "function": probe}), [Call("probe", {}, "OBSERVED")]
         self.is_native = knows_tools(tokenizer)
         if self.is_native:
-            try:
-                self.is_native = "OBSERVED" in tokenizer.decode(self.observation([Call("tool", {}, "OBSERVED")]))
-            except TemplateError:  # it wants the calls of the turn before to be spelled out
-                self.is_native = False
-        require_kept_history(tokenizer, self.messages([Call("tool", {}, "OBSERVED")]))
+            told = tokenizer.decode(self.prompt(as_messages("a", "user"), {"probe": tool}))
+            writes_calls = "<tool_call>" in told or "<tool_call>" in tokenizer.get_vocab()
+            self.is_native = writes_calls and "<function=" not in told and self.shows(seen)
+        try:
+            system = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "a"}]
+            self.has_system = "SYSTEM" in tokenizer.decode(render_chat(tokenizer, system, None, True).ids)
+        except Exception:  # whatever a template raises that wants no such message
+            self.has_system = False
+        if not self.is_native and not self.shows(seen):
+            sys.exit(f"The chat template of {tokenizer.name_or_path} takes no user's turn after the assistant's.")
+        opening, schemas = self.opening(as_messages("a", "user"), {"probe": tool})
+        require_kept_history(tokenizer, opening, self.messages(seen), schemas)
 
-    def prompt(self, messages: list[dict], tools: dict[str, Tool]) -> list[int]:
+    def shows(self, calls: list[Call]) -> bool:
+        """Whether the template lets the model read what calls have answered."""
+        try:
+            return all(call.observation in self.tokenizer.decode(self.observation(calls)) for call in calls)
+        except Exception:  # it may want the calls of the turn before spelled out, or know no such role
+            return False
+
+    def opening(self, messages: list[dict], tools: dict[str, Tool]) -> tuple[list[dict], list[dict] | None]:
+        """The messages to begin with, and the schemas that the template is to be given."""
         schemas = [tool.schema for tool in tools.values()]
         if self.is_native or not schemas:
-            return render_chat(self.tokenizer, messages, schemas or None, generation_prompt=True).ids
-        first = messages[0] if messages[0]["role"] == "system" else {"role": "system", "content": ""}
-        rest = messages[1:] if messages[0]["role"] == "system" else messages
-        told = {**first, "content": f"{first['content']}\n\n{describe_tools(schemas)}".strip()}
-        return render_chat(self.tokenizer, [told, *rest], generation_prompt=True).ids
+            return messages, schemas or None
+        told, first = describe_tools(schemas), messages[0]
+        if first["role"] == "system":
+            return [{**first, "content": f"{first['content']}\n\n{told}"}, *messages[1:]], None
+        if not self.has_system:
+            return [{**first, "content": f"{told}\n\n{first['content']}"}, *messages[1:]], None
+        return [{"role": "system", "content": told}, *messages], None
+
+    def prompt(self, messages: list[dict], tools: dict[str, Tool]) -> list[int]:
+        opening, schemas = self.opening(messages, tools)
+        return render_chat(self.tokenizer, opening, schemas, generation_prompt=True).ids
 
     def messages(self, calls: list[Call]) -> list[dict]:
         texts = [(call.name, self.cut(call.observation)) for call in calls]
@@ -948,7 +1043,9 @@ class Player:
 
     def __init__(self, sampler: Sampler, dialogue: Dialogue, environment: type, tools: list[Callable], args: Args):
         self.sampler, self.dialogue, self.environment, self.functions = sampler, dialogue, environment, tools
-        self.args, self.threads = args, ToolThreads(os.cpu_count() or 1, args.tool_seconds)
+        self.args = args
+        threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.threads = ToolThreads(max(1, threads), args.tool_seconds)
 
     def play(
         self,
@@ -969,10 +1066,12 @@ class Player:
         """
         groups = [[self.begin(task, withheld) for _ in range(num_samples)] for task in tasks]
         numbers = [[i * num_samples + k for k in range(num_samples)] for i in indices]
-        # Cohorts of whole groups, fixed beforehand.  # detail 17
-        parts = [range(c, len(groups), self.args.cohorts) for c in range(min(self.args.cohorts, len(groups)))]
+        # Cohorts of whole groups, fixed beforehand; equal prompts share one, for they may share keys.  # detail 17
+        order = {prompt: n for n, prompt in enumerate(dict.fromkeys(tuple(group[0].ids) for group in groups))}
+        parts = [[p for p, group in enumerate(groups) if order[tuple(group[0].ids)] % self.args.cohorts == c]
+                 for c in range(self.args.cohorts)]  # fmt: skip
         cohorts = []
-        for part in parts:
+        for part in filter(None, parts):
             prompts = [groups[p][0].ids for p in part]
             sampling = {"num_samples": num_samples, "seed": seed * 64, "indices": [indices[p] for p in part]}
             drawn = self.sample(prompts, [self.budget(groups[p][0]) for p in part], temperature, **sampling)
@@ -997,7 +1096,7 @@ class Player:
 
     def begin(self, task: dict, withheld: bool) -> Trajectory:
         environment = self.environment(self.functions, self.args)
-        if ask(environment, "reset", task["row"]) != task["messages"]:
+        if first_messages(environment, task["row"]) != task["messages"]:
             sys.exit(
                 f"{type(environment).__name__}.reset() gave other messages than before for the same row. The "
                 "trajectories of a task are compared with each other, so they must begin alike."
@@ -1018,17 +1117,21 @@ class Player:
         for (trajectory, number), completion in zip(cohort, completions):
             text = self.dialogue.tokenizer.decode(completion.ids, skip_special_tokens=True)
             calls = parse_calls(text) if completion.stopped else []
-            for call in calls[self.args.max_calls :]:
-                call.fail("over_limit", f"at most {self.args.max_calls} calls can be made in a turn")
+            for number_of_call, call in enumerate(calls, 1):
+                if call.error is None and len(trajectory.turns) + 1 == self.args.max_turns:
+                    call.fail("over_limit", f"this was the last of {self.args.max_turns} turns")
+                elif call.error is None and number_of_call > self.args.max_calls:
+                    call.fail("over_limit", f"at most {self.args.max_calls} calls can be made in a turn")
+            is_last = self.budget(trajectory) < self.args.max_completion_tokens
             trajectory.act(completion, text, calls)
             if not completion.stopped:
-                trajectory.ending = "cut"
+                trajectory.ending = "token_limit" if is_last else "cut"
             elif not calls:
                 trajectory.ending = "answered"
             elif len(trajectory.turns) == self.args.max_turns:
                 trajectory.ending = "turn_limit"
-                for call in calls:
-                    call.fail("over_limit", f"this was the last of {self.args.max_turns} turns")
+            elif completion.ids[-1] != self.dialogue.closing:  # the text has ended, not the turn: none can follow
+                trajectory.ending = "cut"
             if trajectory.ending:
                 self.over(trajectory, progress)
             else:
@@ -1067,12 +1170,26 @@ def ask(environment: Environment, method: str, *arguments):
         sys.exit(f"{where} of the environment has raised {type(error).__name__}: {first_line(error)}.")
 
 
+def first_messages(environment: Environment, row: dict) -> list[dict]:
+    """What a fresh environment begins with."""
+    messages = ask(environment, "reset", row)
+    if not is_conversation(messages):
+        where = f"{type(environment).__name__}.reset()"
+        sys.exit(f"{where} of the environment must return messages with role and content; not {str(messages)[:60]!r}.")
+    return as_messages(messages, "user")
+
+
 def judge(environment: Environment, method: str, subject) -> float:
     """A reward that an environment gives, which must be a number."""
     value = ask(environment, method, subject)
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        sys.exit(f"{type(environment).__name__}.{method}() of the environment must return a number; it gave {value!r}.")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        where = f"{type(environment).__name__}.{method}()"
+        sys.exit(f"{where} of the environment must return a number; it gave {value!r}.")
+    return number
 
 
 # ---------------------------------------------------------------------------------------------- the mathematics
@@ -1103,7 +1220,7 @@ def policy_loss(
     clip_high: float,
     ratio: str = "token",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate. logprobs, old_logprobs, mask [B, T], advantages [B, 1]; returns loss, ratio [B, T]."""
+    """PPO's clipped surrogate; all are [B, T], advantages [B, T] or [B, 1]. Returns loss and ratio, [B, T]."""
     log_ratio = (logprobs - old_logprobs) * mask
     if ratio == "sequence":  # detail 8
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
@@ -1167,19 +1284,20 @@ def encode_tasks(dialogue: Dialogue, rows: list[dict], source: str, environment:
     """Rows as tasks: prompt ids with the tools and without, the messages, the row. Prompts that are too long or that
     the template refuses are dropped and counted, and so are answers of which nothing is left."""
     tasks, refused, empty = [], 0, 0
+    wants_answer = any("answer" in group for group in environment.columns)
     for number, row in enumerate(rows, 1):
-        answer = row.get("answer")
+        answer = row.get("answer") if wants_answer else None
         if not isinstance(answer, (str, type(None))):
             sys.exit(f"{source}, row {number}: an answer must be text or a number; it is {str(answer)[:60]}.")
         if answer is not None and not answer.rpartition("####")[2].strip():
             empty += 1
             continue
         instance = environment(tools, args)
-        messages = ask(instance, "reset", row)
+        messages = first_messages(instance, row)
         available = toolset(instance.tools)
         try:
             ids, bare = dialogue.prompt(messages, available), dialogue.prompt(messages, {})
-        except (TemplateError, ValueError, IndexError):  # the last two for an empty list of messages
+        except (TemplateError, ValueError, IndexError):  # the latter two for an empty list of messages
             refused += 1
             continue
         if len(ids) <= longest:
@@ -1286,7 +1404,8 @@ def count_conduct(trajectories: list[Trajectory]) -> dict[str, float]:
     errors = Counter(call.error for call in calls)
     return {
         "trajectories": len(trajectories), "tokens": sum(lengths), "observed": sum(read), "calls": len(calls),
-        "turns": sum(len(t.turns) for t in trajectories), "used": sum(bool(t.calls) for t in trajectories),
+        "turns": sum(len(t.turns) for t in trajectories),
+        "used": sum(any(call.error is None for call in t.calls) for t in trajectories),
         "invalid": sum(call.error is not None for call in calls),
         **{kind: errors[kind] for kind in ERRORS},
         **{ending: endings[ending] for ending in ("answered", "cut", "turn_limit", "token_limit")},
@@ -1359,8 +1478,8 @@ def evaluate_agent(player: Player, tasks: list[dict], args: Args, rank: int, wor
     metrics |= conduct_metrics(conduct, "eval")
     metrics["eval/completion_length"] = conduct["tokens"] / conduct["trajectories"]
     metrics["eval/truncated_fraction"] = 1 - conduct["answered"] / conduct["trajectories"]
-    shown = [group[0] for group in sampled]
-    return metrics, [sample_row(player.dialogue.tokenizer, t, task) for t, task in zip(shown, mine)], shown
+    shown, tokenizer = [group[0] for group in sampled], player.dialogue.tokenizer
+    return metrics, [sample_row(tokenizer, t, task) for t, task in zip(shown, mine)], shown
 
 
 def sample_row(tokenizer, trajectory: Trajectory, task: dict) -> dict:
@@ -1373,7 +1492,7 @@ def sample_row(tokenizer, trajectory: Trajectory, task: dict) -> dict:
         "reward": judge(trajectory.environment, "reward", trajectory),
         "gold": task["row"].get("answer"),
         "ending": trajectory.ending,
-        "calls": [asdict(call) for call in trajectory.calls],
+        "calls": [vars(call) for call in trajectory.calls],
     }
 
 
@@ -1394,7 +1513,7 @@ def transcript(tokenizer, trajectory: Trajectory, title: str) -> str:
         following = trajectory.turns[k].start if k < len(trajectory.turns) else len(trajectory.ids)
         if following > turn.end:
             block("observed, not trained", trajectory.ids[turn.end : following], "│")
-    return "\n".join(lines) + "\n"
+    return utf8("\n".join(lines) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -1415,6 +1534,8 @@ def main(args: Args, environment: type[Environment] = Questions) -> dict:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args.eval_rows, args.seed)
     functions = build_tools(args)
+    if "search" in args.tools and args.corpus == Args.corpus and args.dataset != Args.dataset:
+        print("notice: `search` looks through the embedded corpus; --corpus names another, --tools leaves it out.")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
     longest = min(args.max_prompt_tokens, context - args.max_trajectory_tokens)
@@ -1447,6 +1568,11 @@ def main(args: Args, environment: type[Environment] = Questions) -> dict:
         return metrics, samples
 
     first = load_checkpoint(run, policy, optimizer, args.steps) if args.resume else 0
+    name, kept = environment.__qualname__, run.carried.get("environment", environment.__qualname__)
+    if kept != name:
+        sys.exit(f"--resume {args.resume}: that run's environment is {kept}, not {name}; start the script that has it.")
+    run.carried["environment"] = name
+    command = f"python {'agentic.py' if environment is Questions else sys.argv[0]} --resume {run.folder}"
     if not args.resume:
         run.log(0, *evaluate(0))
 
@@ -1486,8 +1612,8 @@ def main(args: Args, environment: type[Environment] = Questions) -> dict:
                     )
                     if reference is not None:  # detail 7
                         losses = losses + args.beta * kl_estimate(logprobs, ref, args.kl_estimator)
-                    longest = args.max_trajectory_tokens
-                    loss = aggregate(losses, mask, args.loss_aggregation, sequences, tokens, longest)
+                    constant = args.max_trajectory_tokens
+                    loss = aggregate(losses, mask, args.loss_aggregation, sequences, tokens, constant)
                     (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
                     total_loss += loss.item()
                     ratio_max = max(ratio_max, float((ratio * mask).max()))
@@ -1526,10 +1652,10 @@ def main(args: Args, environment: type[Environment] = Questions) -> dict:
         if is_due(step, args.save_every, args.steps) or stopping:
             save_checkpoint(run, step, policy, optimizer)
         if stopping and step < args.steps:
-            return run.finish(f"python agentic.py --resume {run.folder}", stopped=stopping)
+            return run.finish(command, stopped=stopping)
 
     save_model(run, policy, tokenizer, stops, bfloat16)
-    return run.finish(f"python agentic.py --resume {run.folder} --steps {2 * args.steps}")
+    return run.finish(f"{command} --steps {2 * args.steps}")
 
 
 def show_transcripts(run: Run, tokenizer, step: int, samples: list[dict], trajectories: list[Trajectory]) -> None:
@@ -1538,7 +1664,7 @@ def show_transcripts(run: Run, tokenizer, step: int, samples: list[dict], trajec
         titles = [f"step {step} · task {i} · reward {sample['reward']:.2f}" for i, sample in enumerate(samples)]
         texts = [transcript(tokenizer, t, title) for t, title in zip(trajectories, titles)]
         (run.folder / "transcripts").mkdir(exist_ok=True)
-        (run.folder / "transcripts" / f"step-{step:06d}.txt").write_text("\n".join(texts))
+        (run.folder / "transcripts" / f"step-{step:06d}.txt").write_text("\n".join(texts), encoding="utf-8")
         for text in texts[: min(1, run.args.log_samples)]:
             run.bar.write(text)
 
@@ -1549,7 +1675,7 @@ def check_agentic_args(args: Args) -> None:
         sys.exit("--num-samples 1: a trajectory is compared with its siblings, so every task needs at least 2.")
     counts = ("batch_size", "microbatch_tokens", "minibatches", "update_epochs", "steps", "eval_rows", "eval_samples",
               "search_results", "max_turns", "max_calls", "max_observation_tokens", "cohorts",
-              "max_completion_tokens", "python_memory_mb")  # fmt: skip
+              "max_completion_tokens", "max_prompt_tokens", "python_memory_mb")  # fmt: skip
     for name in counts:
         if getattr(args, name) < 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1.")

@@ -267,7 +267,7 @@ def policy_loss(
     clip_high: float,
     ratio: str = "token",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate. logprobs, old_logprobs, mask [B, T], advantages [B, 1]; returns loss, ratio [B, T]."""
+    """PPO's clipped surrogate; all are [B, T], advantages [B, T] or [B, 1]. Returns loss and ratio, [B, T]."""
     log_ratio = (logprobs - old_logprobs) * mask
     if ratio == "sequence":  # detail 8
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)

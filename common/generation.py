@@ -138,13 +138,15 @@ class Sampler:
         elif not prompts:
             flat = []
         else:
-            longest, columns = max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets)
+            size = len(numbers), max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets)
             # A graph's memory must stay. On a CPU each call lays out its own, so that no sample depends, not even in
             # the last bit of its log-probability, on the calls before: a resumed run has not made them.
-            if self.device.type == "cpu" or self.slots is None or not self.slots.fits(len(numbers), longest, columns):
+            if self.device.type == "cpu" or self.slots is None or not self.slots.fits(*size):
+                if self.device.type != "cpu" and self.slots is not None:  # grow: calls of several shapes take turns
+                    size = tuple(map(max, size, (self.slots.total, self.slots.longest_text, self.slots.columns)))
                 self.slots = None  # gone before the next is there
-                self.slots = _Slots(self, len(numbers), longest, columns)
-            uniforms = _uniforms(numbers, columns, seed)
+                self.slots = _Slots(self, *size)
+            uniforms = _uniforms(numbers, max(budgets), seed)
             flat = self.slots.run(prompts, budgets, num_samples, temperature, uniforms, keep, progress)
         self.model.train(was_training)
         return [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]

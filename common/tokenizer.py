@@ -209,28 +209,31 @@ def encode_between_turns(tokenizer, messages: list[dict]) -> list[int]:
     behind a dummy exchange, and taken from behind the assistant's end-of-turn token up to the header of its next turn.
     """
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "REPLY"}]
-    safe = [{**m, "content": _neutralise(tokenizer, m["content"], special_only=False)} for m in messages]
+    safe = [
+        {key: value if key == "role" else _neutralise(tokenizer, value, special_only=False) for key, value in m.items()}
+        for m in messages
+    ]
     text = _render(tokenizer, [*exchange, *safe], None, True)
     # The first of either: what stands before them is the template's own, what comes after may be anything.
     return _encode(tokenizer, text.partition("REPLY")[2].partition(end_of_turn(tokenizer))[2])
 
 
-def require_kept_history(tokenizer, observation: list[dict]) -> None:
-    """Exit with a sentence where the template renders an assistant's turn otherwise once `observation` has followed it.
+def require_kept_history(tokenizer, opening: list[dict], observation: list[dict], tools: list | None = None) -> None:
+    """Exit with a sentence where the template renders what was before otherwise once `observation` has followed it.
 
     White space is left out of account: templates that set reasoning apart often put it on lines of its own.
     """
-    reply = {"role": "assistant", "content": "<think>one</think>two"}
-    history = as_messages("a", "user")
+    reply, history = {"role": "assistant", "content": "<think>one</think>two"}, opening
     for _ in range(2):
-        before = _render(tokenizer, history, None, True) + reply["content"]
+        before = _render(tokenizer, history, tools, True) + reply["content"]
         history = [*history, reply, *observation]
-        after = _render(tokenizer, history, None, True)
+        after = _render(tokenizer, history, tools, True)
         if not "".join(after.split()).startswith("".join(before.split())):
             raise SystemExit(
                 f"The chat template of {tokenizer.name_or_path} rewrites earlier turns: once a tool has answered, what "
-                "the assistant wrote before is no longer rendered as it was sampled. An agent trained on its own "
-                "tokens would be served another history. Use a template that only appends."
+                "was read and written before is no longer rendered as it was (or it opens the assistant's turn with "
+                "reasoning of its own). An agent trained on its own tokens would be served another history. Use a "
+                "template that only appends."
             )
 
 

@@ -1,5 +1,6 @@
 """What several test files share: the embedded model, and running a script as a user would."""
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -78,6 +79,7 @@ def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()  # temporary folders are removed by these
     os._exit(code)
 
 
