@@ -67,7 +67,6 @@ import select
 import shutil
 import signal
 import sqlite3
-import string
 import subprocess
 import sys
 import tempfile
@@ -299,12 +298,13 @@ class Questions(Environment):
 
 
 def is_right(text: str, gold: str) -> bool:
-    """Whether the answer a text states is `gold`: as numbers where that is one, and otherwise as SQuAD and Search-R1
-    compare texts, without regard to case, punctuation, articles and spacing."""
+    """Whether the answer a text states is `gold`: as numbers where that is one, and otherwise much as SQuAD and
+    Search-R1 compare texts, without regard to case, punctuation (but for that of numbers), articles and spacing."""
 
     def normal(answer: str) -> list[str]:
-        plain = answer.lower().translate(str.maketrans("", "", string.punctuation))
-        return re.sub(r"\b(a|an|the)\b", " ", plain).split() or [answer.strip().lower()]
+        words = re.findall(r"-?\d[\d.,/:]*\d|-?\d|[^\W\d_]+", answer.lower())
+        words = [word.replace(",", "") for word in words if word not in ("a", "an", "the")]
+        return words or [answer.strip().lower()]
 
     gold, answer = gold.rpartition("####")[2].strip(), extract_answer(text)
     if re.fullmatch(r"[-+$]*[\d,]*\.?\d+", gold):
@@ -1090,7 +1090,7 @@ class Player:
                 prompts, budgets = [t.ids for t, _ in cohort], [self.budget(t) for t, _ in cohort]
                 sampling = {"seed": seed * 64 + turn[c], "indices": [n for _, n in cohort]}
                 drawn = self.sample(prompts, budgets, temperature, **sampling)
-                cohorts[c] = self.act(cohort, [c for (c,) in drawn], withheld, progress)
+                cohorts[c] = self.act(cohort, [completion for (completion,) in drawn], withheld, progress)
                 turn[c] += 1
         return groups
 

@@ -229,7 +229,9 @@ def test_agentic_detail_14_only_the_last_turn_answers(tokenizer):
         ("<answer>The Hague!</answer>", "hague", True), ("<answer>the</answer>", "a", False), ("Hague", "Hague", False),
         ("<answer>7</answer>", "#### 7", True), ("<answer>old York</answer>", "York", False),
         ("<answer>A</answer>", "A", True), ("<answer>B</answer>", "A", False), ("<answer>+</answer>", "-", False),
-        ("<answer>the Apollo 11</answer>", "Apollo 11", True), ("<answer>3</answer>", "Apollo 3", False),
+        ("<answer>the Apollo 11</answer>", "Apollo 11", True), ("<answer>12</answer>", "1/2", False),
+        ("<answer>25 m</answer>", "2.5 m", False), ("<answer>5 degrees</answer>", "-5 degrees", False),
+        ("<answer>1,200 people.</answer>", "1200 people", True), ("<answer>3</answer>", "Apollo 3", False),
     ):  # fmt: skip
         assert agentic.is_right(text, gold) == right, (text, gold)
 

@@ -153,3 +153,47 @@ def test_mask_ends_on_the_end_of_turn():
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "Yes." + end_of_turn(tokenizer)
     plain = render_chat(tokenizer, [{"role": "user", "content": "Hi"}, chat[1]]).ids
     assert ids.count(closing) == plain.count(closing)
+
+
+def test_an_agent_calls_its_tools_and_every_stored_token_is_exact():
+    """A template that knows no tools; two shots of an example in the prompt, for the model has never seen a call."""
+    import agentic
+    from common.generation import Sampler
+    from common.tokenizer import load_tokenizer, stop_token_ids
+
+    args = agentic.Args(model=MODEL, tools=("calculator",), max_completion_tokens=48, max_trajectory_tokens=160)
+    tools, tokenizer = agentic.build_tools(args), load_tokenizer(MODEL)
+    model = agentic.load_model(args, torch.device("cpu")).eval()
+    dialogue = agentic.Dialogue(tokenizer, args.max_observation_tokens)
+    player = agentic.Player(Sampler(model, stop_token_ids(tokenizer, model)), dialogue, agentic.Questions, tools, args)
+    shots = []
+    for a, b in ((31, 17), (58, 12)):
+        call = {"name": "calculator", "arguments": {"expression": f"{a}*{b}"}}
+        shots += [
+            {"role": "user", "content": f"What is {a} * {b}?"},
+            {"role": "assistant", "content": f"<tool_call>\n{json.dumps(call)}\n</tool_call>"},
+            *dialogue.messages([agentic.Call("calculator", {}, str(a * b))]),
+            {"role": "assistant", "content": f"<answer>{a * b}</answer>"},
+        ]
+    rows = [
+        {"prompt": [*shots, {"role": "user", "content": f"What is {n} * 23?"}], "answer": str(23 * n)} for n in (19, 47)
+    ]
+    encoding = {"environment": agentic.Questions, "tools": tools, "args": args, "longest": 900}
+    tasks = agentic.encode_tasks(dialogue, rows, "rows", **encoding)
+    groups = player.play(tasks, [0, 1], 4, 1, 0.7)
+    trajectories = [t for group in groups for t in group]
+    assert any(t.calls and t.calls[0].error is None for t in trajectories)
+    assert any(len(t.turns) > 1 for t in trajectories)
+    for t in trajectories:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([t.ids])).logits[0].float() / 0.7
+        fresh = logits[:-1].log_softmax(-1).gather(1, torch.tensor(t.ids[1:])[:, None])[:, 0].tolist()
+        assert [i for i, mine in enumerate(t.action_mask) if mine] == [
+            i for turn in t.turns for i in range(turn.start, turn.end)
+        ]
+        assert max(abs(fresh[i - 1] - t.logprobs[i]) for i, mine in enumerate(t.action_mask) if mine) < 1e-4
+        for before, after in zip(t.turns, t.turns[1:]):
+            between = tokenizer.decode(t.ids[before.end : after.start])
+            assert between.startswith("\n<|im_start|>user\n<tool_response>\n") and between.endswith(
+                "<|im_start|>assistant\n"
+            )
