@@ -282,7 +282,7 @@ class Environment:
         return -self.args.call_cost * len(turn.calls) - self.args.error_cost * errors
 
 
-class Questions(Environment):
+class ToolQuestions(Environment):
     """Questions with one right answer, to be found with whatever tools --tools names."""
 
     def reset(self, row: dict) -> list[dict]:
@@ -1519,7 +1519,7 @@ def transcript(tokenizer, trajectory: Trajectory, title: str) -> str:
 # ---------------------------------------------------------------------------------------------- main
 
 
-def main(args: Args, environment: type[Environment] = Questions) -> dict:
+def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
     args = resumed_args(args, "agentic")
     check_agentic_args(args)
     device, rank, world = start_processes(args.device)
@@ -1572,7 +1572,7 @@ def main(args: Args, environment: type[Environment] = Questions) -> dict:
     if kept != name:
         sys.exit(f"--resume {args.resume}: that run's environment is {kept}, not {name}; start the script that has it.")
     run.carried["environment"] = name
-    command = f"python {'agentic.py' if environment is Questions else sys.argv[0]} --resume {run.folder}"
+    command = f"python {'agentic.py' if environment is ToolQuestions else sys.argv[0]} --resume {run.folder}"
     if not args.resume:
         run.log(0, *evaluate(0))
 

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, TINY, fails, metrics, run
 
 import agentic
-from agentic import Args, Call, Dialogue, Environment, Experience, Player, Questions, Sandbox, Trajectory
+from agentic import Args, Call, Dialogue, Environment, Experience, Player, ToolQuestions, Sandbox, Trajectory
 from common.generation import Completion, Sampler
 from common.kl import layout_arguments
 from common.tokenizer import Segment, encode_text, load_tokenizer, pack, stop_token_ids
@@ -40,7 +40,7 @@ def tools():
     return agentic.build_tools(Args())
 
 
-def player_of(model, tokenizer, tools, environment=Questions, **settings) -> Player:
+def player_of(model, tokenizer, tools, environment=ToolQuestions, **settings) -> Player:
     args = Args(**settings)
     sampler = Sampler(model, stop_token_ids(tokenizer, model))
     return Player(sampler, Dialogue(tokenizer, args.max_observation_tokens), environment, tools, args)
@@ -122,7 +122,7 @@ def test_agentic_keys_and_values_are_kept_from_turn_to_turn(model, tokenizer, to
 
 def hand_made(tokenizer, actions: list[str], observations: list[str], logprobs=-1.0, stopped=True) -> Trajectory:
     """A trajectory of the embedded model's template without any model."""
-    environment = Questions([], Args())
+    environment = ToolQuestions([], Args())
     trajectory = Trajectory(tokenizer.encode("<|user|>2+2=?<|end|><|assistant|>"), environment)
     dialogue = Dialogue(tokenizer, 64)
     for k, action in enumerate(actions):
@@ -214,7 +214,7 @@ def test_agentic_detail_14_only_the_last_turn_answers(tokenizer):
         made = hand_made(tokenizer, list(turns), ["4"] * (len(turns) - 1))
         made.ending = ending
         made.environment.gold = "4"
-        return Questions.reward(made.environment, made)
+        return ToolQuestions.reward(made.environment, made)
 
     call = '<tool_call>{"name": "calculator", "arguments": {"expression": "4"}}</tool_call>'
     assert trajectory("answered", call, "<answer>4</answer>") == 1
@@ -591,7 +591,7 @@ class Scripted:
         return [drawn[i : i + num_samples] for i in range(0, len(drawn), num_samples)]
 
 
-def scripted(tokenizer, tools, *said: list[str], delay=0.0, environment=Questions, **settings):
+def scripted(tokenizer, tools, *said: list[str], delay=0.0, environment=ToolQuestions, **settings):
     """The trajectories of one task each in which the model says this, and what the sampler was asked for when."""
     args = Args(**settings)
     sampler = Scripted(tokenizer, dict(enumerate(said)), delay)
@@ -712,7 +712,7 @@ def test_what_a_model_writes_cannot_crash_the_run(tokenizer, tmp_path):
 
 
 def test_a_turn_that_ends_the_text_instead_of_the_turn_has_no_next(tokenizer, tools):
-    player = Player(Scripted(tokenizer, {0: ["x"]}), Dialogue(tokenizer, 9), Questions, tools, Args())
+    player = Player(Scripted(tokenizer, {0: ["x"]}), Dialogue(tokenizer, 9), ToolQuestions, tools, Args())
     player.dialogue.closing += 1
     player.sampler.said[0] = [call("calculator", expression="1")]
     ((t,),) = play(player, [{"prompt": "a", "answer": "1"}], 1)
@@ -767,7 +767,7 @@ def test_an_environment_of_ones_own_has_its_own_state_and_trains(tokenizer, tmp_
     small = {"steps": 1, "batch_size": 2, "num_samples": 2, "eval_rows": 2, "eval_samples": 1, "max_turns": 2}
     last = agentic.main(Args(**small, credit="turn", output_dir=str(tmp_path)), HigherLower)
     assert last["eval/accuracy"] == 0 and math.isfinite(last["optim/grad_norm"])
-    with pytest.raises(SystemExit, match="environment is HigherLower, not Questions"):
+    with pytest.raises(SystemExit, match="environment is HigherLower, not ToolQuestions"):
         agentic.main(Args(resume=str(tmp_path), steps=2))
     assert "tools: compare" in json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["prompt"]
 
@@ -783,7 +783,7 @@ def test_an_environment_of_ones_own_has_its_own_state_and_trains(tokenizer, tmp_
     ("reset", lambda self, row: [{"role": "user", "content": str(random.random())}], "gave other messages than before"),
 ])  # fmt: skip
 def test_an_environment_that_is_wrong_is_told_so(method, broken, sentence, tokenizer):
-    kind = type("Broken", (Questions,), {method: broken})
+    kind = type("Broken", (ToolQuestions,), {method: broken})
     with pytest.raises(SystemExit, match=sentence):
         trajectories, _ = scripted(tokenizer, [], ["<answer>4</answer>"], environment=kind)
         agentic.reward_trajectories([trajectories], 4)
@@ -803,7 +803,7 @@ def test_tools_are_withheld(model, tokenizer, tools):
 # ---------------------------------------------------------------------------------------------- credit
 
 
-def test_agentic_detail_1_13_advantages_of_trajectories_and_turns():
+def test_agentic_detail_1_agentic_detail_13_advantages_of_trajectories_and_turns():
     assert (agentic.group_advantages(torch.full((2, 8), 0.1), "grpo") == 0).all()
     # Two trajectories of two turns, one of one; costs of the turns, outcomes 1, 0, 1.
     turns = torch.tensor([[[-0.1, 0.0], [0.0, -0.2], [0.0, 0.0]]])

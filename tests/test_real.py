@@ -165,7 +165,9 @@ def test_an_agent_calls_its_tools_and_every_stored_token_is_exact():
     tools, tokenizer = agentic.build_tools(args), load_tokenizer(MODEL)
     model = agentic.load_model(args, torch.device("cpu")).eval()
     dialogue = agentic.Dialogue(tokenizer, args.max_observation_tokens)
-    player = agentic.Player(Sampler(model, stop_token_ids(tokenizer, model)), dialogue, agentic.Questions, tools, args)
+    player = agentic.Player(
+        Sampler(model, stop_token_ids(tokenizer, model)), dialogue, agentic.ToolQuestions, tools, args
+    )
     shots = []
     for a, b in ((31, 17), (58, 12)):
         call = {"name": "calculator", "arguments": {"expression": f"{a}*{b}"}}
@@ -178,7 +180,7 @@ def test_an_agent_calls_its_tools_and_every_stored_token_is_exact():
     rows = [
         {"prompt": [*shots, {"role": "user", "content": f"What is {n} * 23?"}], "answer": str(23 * n)} for n in (19, 47)
     ]
-    encoding = {"environment": agentic.Questions, "tools": tools, "args": args, "longest": 900}
+    encoding = {"environment": agentic.ToolQuestions, "tools": tools, "args": args, "longest": 900}
     tasks = agentic.encode_tasks(dialogue, rows, "rows", **encoding)
     groups = player.play(tasks, [0, 1], 4, 1, 0.7)
     trajectories = [t for group in groups for t in group]
