@@ -1179,7 +1179,7 @@ def first_messages(environment: Environment, row: dict) -> list[dict]:
     return as_messages(messages, "user")
 
 
-def judge(environment: Environment, method: str, subject) -> float:
+def number_from(environment: Environment, method: str, subject) -> float:
     """A reward that an environment gives, which must be a number."""
     value = ask(environment, method, subject)
     try:
@@ -1385,12 +1385,12 @@ class Rewards(NamedTuple):
 
 def reward_trajectories(groups: list[list[Trajectory]], max_turns: int) -> Rewards:
     """What the environments say of their trajectories."""
-    outcome = torch.tensor([[judge(t.environment, "reward", t) for t in group] for group in groups])
+    outcome = torch.tensor([[number_from(t.environment, "reward", t) for t in group] for group in groups])
     turns, exists = torch.zeros(2, len(groups), len(groups[0]), max_turns)
     for p, group in enumerate(groups):
         for g, trajectory in enumerate(group):
             for k, turn in enumerate(trajectory.turns):
-                turns[p, g, k] = judge(trajectory.environment, "turn_reward", turn)
+                turns[p, g, k] = number_from(trajectory.environment, "turn_reward", turn)
                 exists[p, g, k] = 1
     return Rewards(outcome, turns, exists)
 
@@ -1469,7 +1469,7 @@ def evaluate_agent(player: Player, tasks: list[dict], args: Args, rank: int, wor
         bare = player.play(mine, indices, args.eval_samples, temperature=args.temperature, withheld=True, **sampling)
     device, sums = player.sampler.device, Counter(tasks=len(mine))
     for name, groups in (("accuracy", sampled), ("accuracy_greedy", greedy), ("accuracy_without_tools", bare)):
-        rewards = [judge(t.environment, "reward", t) for group in groups for t in group]
+        rewards = [number_from(t.environment, "reward", t) for group in groups for t in group]
         sums[name] = sum(rewards) / (1 if name == "accuracy_greedy" else args.eval_samples)
     names = ("accuracy", "accuracy_greedy", "accuracy_without_tools")
     conduct = sum_over_processes(count_conduct([t for group in sampled for t in group]), device)
@@ -1489,14 +1489,14 @@ def sample_row(tokenizer, trajectory: Trajectory, task: dict) -> dict:
     return {
         "prompt": tokenizer.decode(task["ids"], skip_special_tokens=True),
         "completion": "\n".join(texts),
-        "reward": judge(trajectory.environment, "reward", trajectory),
+        "reward": number_from(trajectory.environment, "reward", trajectory),
         "gold": task["row"].get("answer"),
         "ending": trajectory.ending,
         "calls": [vars(call) for call in trajectory.calls],
     }
 
 
-def transcript(tokenizer, trajectory: Trajectory, title: str) -> str:
+def render_transcript(tokenizer, trajectory: Trajectory, title: str) -> str:
     """A trajectory as a person reads it: every token in its order, who wrote it, and whether it is trained on."""
     lines = [f"══ {title} · {trajectory.ending}"]
 
@@ -1662,7 +1662,7 @@ def show_transcripts(run: Run, tokenizer, step: int, samples: list[dict], trajec
     """transcripts/step-….txt, and the first of them on the terminal."""
     if run.is_main:
         titles = [f"step {step} · task {i} · reward {sample['reward']:.2f}" for i, sample in enumerate(samples)]
-        texts = [transcript(tokenizer, t, title) for t, title in zip(trajectories, titles)]
+        texts = [render_transcript(tokenizer, t, title) for t, title in zip(trajectories, titles)]
         (run.folder / "transcripts").mkdir(exist_ok=True)
         (run.folder / "transcripts" / f"step-{step:06d}.txt").write_text("\n".join(texts), encoding="utf-8")
         for text in texts[: min(1, run.args.log_samples)]:

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, TINY, fails, metrics, run
 
 import agentic
-from agentic import Args, Call, Dialogue, Environment, Experience, Player, ToolQuestions, Sandbox, Trajectory
+from agentic import Args, Call, Dialogue, Environment, Experience, Player, Sandbox, ToolQuestions, Trajectory
 from common.generation import Completion, Sampler
 from common.kl import layout_arguments
 from common.tokenizer import Segment, encode_text, load_tokenizer, pack, stop_token_ids
@@ -636,7 +636,7 @@ def test_a_whole_conversation_with_errors(tokenizer, tools):
     assert t.environment.reward(t) == 1
     sums = agentic.count_conduct([t])
     assert sums["invalid"] == sums["calls"] == 4 and sums["failed"] == sums["bad_json"] == 1 and sums["turns"] == 5
-    shown = agentic.transcript(tokenizer, t, "title")
+    shown = agentic.render_transcript(tokenizer, t, "title")
     assert "✗ unknown_tool calculater(expression='2+2')" in shown and shown.startswith("══ title · answered")
     assert shown.count("TRAINED") == 5 and shown.count("observed, not trained") == 4
 
@@ -706,7 +706,7 @@ def test_what_a_model_writes_cannot_crash_the_run(tokenizer, tmp_path):
     assert [[c.error for c in t.calls] for t in trajectories] == [["failed", "unknown_tool"], ["bad_arguments"]]
     assert [t.ending for t in trajectories] == ["answered"] * 2
     for t in trajectories:
-        (tmp_path / "t.txt").write_text(agentic.transcript(tokenizer, t, "title"), encoding="utf-8")
+        (tmp_path / "t.txt").write_text(agentic.render_transcript(tokenizer, t, "title"), encoding="utf-8")
         json.dumps(agentic.sample_row(tokenizer, t, {"ids": t.ids[:5], "row": {}}))
     assert not agentic.is_deeper({"a": [1]}, 2) and agentic.is_deeper({"a": [[1]]}, 2)
 
