@@ -337,6 +337,105 @@ def is_correct(text: str, gold: str) -> bool:
     return answer is not None and reference is not None and normal(answer) == normal(reference)
 
 
+# ---------------------------------------------------------------------------------------------- the mathematics
+
+
+def group_advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
+    """How much better each completion is than its siblings. rewards [P, G] of P prompts; returns [P, G].
+
+    grpo: (r − mean)/std with the unbiased std; dr_grpo: r − mean; rloo: r − mean of the other G − 1.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if kind == "grpo":
+        advantages = centred / (rewards.std(1, keepdim=True) + 1e-6)
+    elif kind == "rloo":
+        advantages = centred * rewards.shape[1] / (rewards.shape[1] - 1)
+    else:
+        advantages = centred
+    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return advantages.masked_fill(all_equal, 0.0)  # detail 1
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    ratio: str = "token",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate; all are [B, T], advantages [B, T] or [B, 1]. Returns loss and ratio, [B, T]."""
+    log_ratio = (logprobs - old_logprobs) * mask
+    if ratio == "sequence":  # detail 8
+        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
+    rho = log_ratio.exp()
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(rho * advantages, clipped * advantages)  # detail 5
+    return -gain, rho.detach()
+
+
+def aggregate(
+    losses: torch.Tensor, mask: torch.Tensor, how: str, sequences: float, tokens: float, max_tokens: int
+) -> torch.Tensor:
+    """One number from token losses [B, T]; `sequences` and `tokens` count the whole optimizer step.  # detail 6
+
+    sequence: (1/N) Σ_i (1/T_i) Σ_t; token: Σ_i Σ_t / Σ_i T_i; constant: Σ_i Σ_t / (N · max_tokens).
+    """
+    if how == "sequence":
+        return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
+    return (losses * mask).sum() / (tokens if how == "token" else sequences * max_tokens)
+
+
+def turn_advantages(rewards: torch.Tensor, exists: torch.Tensor, kind: str) -> torch.Tensor:
+    """How much better each turn was than its siblings' turns of the same number.  # detail 13
+
+    rewards [P, G, K] of P tasks, G trajectories and up to K turns, exists [P, G, K]; returns [P, G, K]. A turn is worth
+    what was earned in it and later. One that no sibling has reached gets 0.
+    """
+    returns = (rewards * exists).flip(-1).cumsum(-1).flip(-1)
+    advantages = torch.zeros_like(returns)
+    for p, k in exists.any(1).nonzero().tolist():
+        members = exists[p, :, k]
+        if members.sum() > 1:
+            advantages[p, members, k] = group_advantages(returns[p, members, k][None], kind)[0]
+    return advantages
+
+
+def assign_credit(
+    outcome: torch.Tensor, turn_rewards: torch.Tensor, exists: torch.Tensor, credit: str, kind: str
+) -> torch.Tensor:
+    """The advantage of every turn: that of its whole trajectory, or one of its own.
+
+    outcome [P, G] is what trajectories earned in the end, turn_rewards [P, G, K] what their turns earned by themselves,
+    exists [P, G, K] whether there is such a turn; returns [P, G, K].
+    """
+    if credit == "trajectory":
+        return group_advantages(outcome + turn_rewards.sum(-1), kind)[..., None].expand_as(turn_rewards)
+    is_last = exists & (exists.cumsum(-1) == exists.sum(-1, keepdim=True))  # in which the outcome is earned
+    return turn_advantages(turn_rewards + outcome[..., None] * is_last, exists, kind)
+
+
+@torch.no_grad()
+def policy_statistics(logprobs, old_logprobs, ref_logprobs, entropy, ratio, better, mask, args: Args) -> dict:
+    """Sums over the tokens of a microbatch, from which the means of policy/… are made. All [b, T].
+
+    `better` says where the advantage is positive: which bound of the clip binds depends on its sign.
+    """
+    log_ratio = logprobs - old_logprobs
+    outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
+    sums = {
+        "tokens": torch.ones_like(mask),
+        "entropy": entropy,
+        "clip_fraction": outside,
+        "approx_kl": log_ratio.square() / 2,
+        "sampler_gap": log_ratio.abs(),
+    }
+    if ref_logprobs is not None:
+        sums["kl"] = kl_estimate(logprobs, ref_logprobs, "k3")
+    return {name: float((values * mask).sum()) for name, values in sums.items()}
+
+
 # ---------------------------------------------------------------------------------------------- tools: edit here
 
 
@@ -480,263 +579,6 @@ class Corpus:
 def utf8(text: str) -> str:
     """Text without what UTF-8 cannot hold: half a surrogate pair, as JSON lets a model write."""
     return text.encode("utf-8", "ignore").decode()
-
-
-# ---------------------------------------------------------------------------------------------- the sandbox
-
-
-def confine() -> None:
-    """Runs in an interpreter of its own, from its source: gives up all rights, then executes main.py.
-
-    With `check` as its last argument it prints which rows of Sandbox's table it could not establish.
-    """
-    import ctypes
-    import os
-    import platform
-    import resource
-    import struct
-    import sys
-    import traceback
-
-    seconds, memory, file_size, parent = map(int, sys.argv[1:5])
-    known = sys.argv[5]  # rows that are known not to hold, or "check"
-    missing = []
-    limits = {"CPU": seconds, "AS": memory, "FSIZE": file_size, "NOFILE": 64, "CORE": 0, "STACK": 8 << 20, "NPROC": 0}
-    for name, value in limits.items():
-        try:
-            kind = getattr(resource, f"RLIMIT_{name}")
-            hard = resource.getrlimit(kind)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
-        except (AttributeError, ValueError, OSError):  # a system may not know it, or not obey
-            missing += {"CPU": ["time"], "AS": ["memory"], "STACK": ["memory"], "FSIZE": ["files"]}.get(name, [])
-    if known != "check":
-        with open("main.py", "rb") as file:
-            code = file.read()
-    os.environ.clear()
-    if sys.platform != "linux":
-        missing += ["memory", "processes", "files", "network", "environment", "signals"]
-    else:
-        libc = ctypes.CDLL(None, use_errno=True)
-
-        def call(function, *arguments) -> int:
-            return function(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
-
-        if call(libc.prctl, 1, 9, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG: killed when the thread that waits for it is gone
-            missing += ["signals"]
-        if os.getppid() != parent:  # which happened before
-            os._exit(1)
-        call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which both of the following want and will miss
-
-        # Landlock: no file can be opened, made or removed but where a rule says so. Bits: 1 write, 2 read, 3 list,
-        # 8 make file, 14 truncate; to remove, and to make folders, links and devices, are in no rule.
-        handled, readable = (1 << 15) - 1, 1 << 2 | 1 << 3
-        ruleset = -1
-        if call(libc.syscall, 444, None, 0, 1) >= 3:  # landlock_create_ruleset, its version
-            ruleset = call(libc.syscall, 444, struct.pack("Q", handled), 8, 0)
-        library = os.path.dirname(os.__file__)  # of this Python, without what has been installed
-        above = os.path.dirname(library)
-        rules = {os.path.join(library, name): readable for name in os.listdir(library)}
-        rules |= {os.path.join(above, name): readable for name in os.listdir(above) if ".so" in name}
-        rules = {path: rights for path, rights in rules.items() if not path.endswith("-packages")}
-        rules |= dict.fromkeys(["/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"], readable) | {library: 1 << 3}
-        rules |= {"/etc/ld.so.cache": 1 << 2, "/dev/urandom": 1 << 2, "/dev/null": 1 << 1 | 1 << 2}
-        rules["."] = readable | 1 << 1 | 1 << 8 | 1 << 14
-        for path, rights in rules.items():
-            if ruleset >= 0 and os.path.exists(path):
-                place = os.open(path, os.O_PATH)
-                rights &= -1 if os.path.isdir(path) else ~(1 << 3)
-                call(libc.syscall, 445, ruleset, 1, struct.pack("=Qi", rights, place), 0)
-                os.close(place)
-        if ruleset < 0 or call(libc.syscall, 446, ruleset, 0) != 0:  # landlock_restrict_self
-            missing += ["files", "environment"]
-        # Root's capabilities, but for that of reading a library in somebody else's home, or even that.
-        none = struct.pack("=6I", *[0] * 6)
-        for kept in (struct.pack("=6I", 4, 4, 0, 0, 0, 0), none):
-            if call(libc.capset, struct.pack("=Ii", 0x20080522, 0), kept) == 0:
-                break
-        else:
-            missing += ["files"]
-
-        # seccomp: these system calls and no others; none starts a process or thread, opens a socket, sends a signal,
-        # changes the owner, mode or times of a file, or takes its space without its length.
-        machines = {
-            "x86_64": (
-                0xC000003E, {"fcntl": 72, "ioctl": 16, "openat": 257, "open": 2},
-                "0-28 32-40 60-61 63 72-75 77-82 87 89 95-96 98-100 102 104 107-108 110-111 115 121 124 127-128 131 "
-                "137-138 158 186 201-202 204 217-219 228-233 247 257 262-264 267 269-271 273 281 290-293 309 316 318 "
-                "324 326 332 334 436 439",
-            ),
-            "aarch64": (
-                0xC00000B7, {"fcntl": 25, "ioctl": 29, "openat": 56},
-                "17 19-25 29 32 35 38 43-44 46 48-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-99 101-103 113-115 "
-                "123-124 128 132 134-137 139 153 155-156 158 160 165-166 168-169 172-179 214-216 222 226-227 232-233 "
-                "260 276 278 283 285 291 293 436 439",
-            ),
-        }  # fmt: skip
-        architecture, special, numbers = machines.get(platform.machine(), (0, {}, ""))
-        allowed = []
-        for part in numbers.split():
-            first, _, last = part.partition("-")
-            allowed += range(int(first), int(last or first) + 1)
-        load, equal, has_bits, end = 0x20, 0x15, 0x45, 0x06  # opcodes of classic BPF
-        kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000  # deny: the call fails with EPERM
-
-        def only(number: int, offset: int, values: list[int]) -> list[tuple]:
-            """A call is allowed if its argument, which lies at `offset`, is one of these."""
-            tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-            ends = [(end, 0, 0, deny), (end, 0, 0, allow)]
-            return [(equal, 0, len(values) + 3, number), (load, 0, 0, offset), *tests, *ends]
-
-        program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
-        if allowed:
-            # fcntl without owners and signals of files, leases and the size of pipes; ioctl for terminals and pending
-            # bytes alone; no files without a name.
-            program += only(special["fcntl"], 24, [*range(8), 1030])
-            program += only(special["ioctl"], 24, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451])
-            for name, offset in (("open", 24), ("openat", 32)):
-                if name in special:
-                    program += [(equal, 0, 4, special[name]), (load, 0, 0, offset), (has_bits, 0, 1, 0x400000)]
-                    program += [(end, 0, 0, deny), (end, 0, 0, allow)]
-        program += [(equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
-        program += [(end, 0, 0, deny), (end, 0, 0, allow)]
-        filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-        described = struct.pack("HP", len(program), ctypes.addressof(filters))
-        if not allowed or call(libc.prctl, 22, 2, described, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-            missing += ["processes", "network", "signals"]
-    if known == "check":
-        print(" ".join(dict.fromkeys(missing)))
-        return
-    if unexpected := [row for row in missing if row not in known.split()]:
-        sys.exit(f"the sandbox does not hold ({', '.join(unexpected)}): nothing was run")
-    sys.argv[:] = ["main.py"]
-    sys.modules["__main__"] = module = type(sys)("__main__")
-    try:
-        exec(compile(code, "main.py", "exec"), module.__dict__)
-    except SystemExit:
-        raise
-    except BaseException as error:
-        traceback.print_exception(type(error), error, error.__traceback__.tb_next)
-        sys.exit(1)
-
-
-CONFINE_SOURCE = inspect.getsource(confine) + "\nconfine()\n"  # now: the file may be edited later
-
-
-class Sandbox:
-    """Runs Python code that a model wrote, in a process of its own without rights. Root and ordinary users alike:
-
-        what          how it is contained (Linux on x86-64 and ARM64)
-        ------------  ----------------------------------------------------------------------------------------------
-        time          killed after --tool-seconds by the clock; little more of one processor (RLIMIT_CPU)
-        memory        --python-memory-mb of address space (RLIMIT_AS), 8 MB of stack; no memory that outlives it
-        processes     none, and no threads, can be started, and no program executed (seccomp)
-        files         reads this Python's standard library and /usr/lib, and makes and writes files in its empty scratch
-                      folder alone (Landlock), of at most 8 MB each and 64 open at once; killed at 16 MB together, or
-                      4,000 files, as a look every 20 ms finds them. It can remove nothing, make no folder or link,
-                      and change nobody's owner, mode or times (seccomp, capabilities). The folder is removed
-        output        killed at 64 kB; bytes that are no UTF-8 are replaced; standard input is empty
-        network       no sockets of any kind (seccomp)
-        environment   empty; /proc/…/environ cannot be read, nor the data, the graders or the model (Landlock)
-        signals       none can be sent to another process, nor can one be traced (seccomp); it ends with its parent
-
-    Not contained: it can tell which files exist, how large they are and where links lead; it shares the processor's
-    caches and the kernel, whose faults are its ways out; a training that is killed by SIGKILL leaves the scratch folder
-    behind. What it costs: asyncio, threads, temporary files, and packages beyond the standard library do not work.
-    Without seccomp or Landlock (Linux ≥ 6.2), and on other systems, `gaps` names the rows that do not hold.
-    """
-
-    OUTPUT, FILES = 64_000, 16_000_000  # bytes
-
-    def __init__(self, seconds: float, memory_mb: int):
-        self.seconds, self.folder = seconds, tempfile.TemporaryDirectory(prefix="sandbox-")
-        # One second more than the clock has, which otherwise might find it killed already.
-        self.limits = [str(math.ceil(seconds) + 1), str(memory_mb << 20), str(self.FILES // 2), str(os.getpid())]
-        try:
-            check = subprocess.run(self.command("check"), capture_output=True, text=True, env={}, cwd=self.folder.name,
-                                   timeout=60)  # fmt: skip
-            told, failed = check.stdout, ""
-            if check.returncode:
-                failed = check.stderr.strip()[-200:] or f"exit status {check.returncode}"
-        except (OSError, TypeError, subprocess.TimeoutExpired) as error:
-            told, failed = "", first_line(error)
-        if failed:
-            sys.exit(f"--tools python: the sandbox cannot be started with {sys.executable} ({failed}).")
-        self.gaps = told.split()  # rows of the table that this system cannot keep
-
-    def command(self, known: str) -> list[str]:
-        return [sys.executable, "-I", "-S", "-u", "-X", "utf8", "-c", CONFINE_SOURCE, *self.limits, known]
-
-    def python(self, code: str) -> str:
-        """Run Python code, which has the standard library and nothing else, and read what it prints.
-
-        Args:
-            code: A program that prints its result.
-        """
-        scratch = tempfile.mkdtemp(dir=self.folder.name)
-        try:
-            Path(scratch, "main.py").write_bytes(code.encode("utf-8", "replace"))
-            return self.run(scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def run(self, scratch: str) -> str:
-        """What main.py in `scratch` prints, and how it ended if not well. Raises TimeoutError."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        command = self.command(" ".join(self.gaps))
-        process = subprocess.Popen(command, **pipes, cwd=scratch, env={}, start_new_session=True)
-        began, pipe, output, is_closed, reason = time.monotonic(), process.stdout.fileno(), b"", False, ""
-        os.set_blocking(pipe, False)
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        try:
-            while not reason and not has_ended(process):
-                if is_closed:
-                    time.sleep(0.002 if time.monotonic() < began + 0.2 else 0.02)
-                elif poller.poll(20):
-                    with contextlib.suppress(BlockingIOError):  # it can read its own pipe, and may have been faster
-                        chunk = os.read(pipe, 65536)
-                        output, is_closed = output + chunk, not chunk
-                if time.monotonic() > began + self.seconds:
-                    reason = f"stopped: it took longer than {self.seconds:g} seconds"
-                elif len(output) > self.OUTPUT:
-                    reason = f"stopped: it printed more than {self.OUTPUT} bytes"
-                elif folder_size(scratch) > self.FILES:
-                    reason = f"stopped: its files take more than {self.FILES} bytes"
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-        with contextlib.suppress(BlockingIOError):  # raised where something else holds the pipe, and it is empty
-            while len(output) <= self.OUTPUT and (chunk := os.read(pipe, 65536)):
-                output += chunk
-        process.stdout.close()
-        text = output[: self.OUTPUT].decode("utf-8", "replace")
-        if not reason and status:
-            reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        told = "\n".join(filter(None, [text.rstrip("\n"), reason and f"[{reason}]"])) or "(it printed nothing)"
-        if "took longer" in reason:
-            raise TimeoutError(told)
-        return told
-
-
-def has_ended(process: subprocess.Popen) -> bool:
-    """Whether a process has ended. It is left unreaped where that is possible: it keeps its number, so that who is
-    killed by that number afterwards can be nobody else."""
-    if hasattr(os, "waitid"):
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return process.poll() is not None
-
-
-def folder_size(folder: str) -> int:
-    """Bytes that the files in a folder without folders take or claim, at least a block for each."""
-    total = 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                about = entry.stat(follow_symlinks=False)
-                total += max(4096, about.st_size, 512 * about.st_blocks)
-    return total
 
 
 def build_tools(args: Args) -> list[Callable]:
@@ -1108,8 +950,7 @@ class Player:
         return min(left, self.args.max_completion_tokens)
 
     def sample(self, prompts, budgets, temperature, **sampling) -> list[list[Completion]]:
-        # detail 10
-        return self.sampler.generate(prompts, budgets, temperature=temperature, keep=True, **sampling)
+        return self.sampler.generate(prompts, budgets, temperature=temperature, keep=True, **sampling)  # detail 10
 
     def act(self, cohort: list[tuple], completions: list[Completion], withheld: bool, progress) -> list[tuple]:
         """Append a turn to each trajectory and hand its calls to the threads. Returns those that go on."""
@@ -1190,91 +1031,6 @@ def number_from(environment: Environment, method: str, subject) -> float:
         where = f"{type(environment).__name__}.{method}()"
         sys.exit(f"{where} of the environment must return a number; it gave {value!r}.")
     return number
-
-
-# ---------------------------------------------------------------------------------------------- the mathematics
-
-
-def group_advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
-    """How much better each completion is than its siblings. rewards [P, G] of P prompts; returns [P, G].
-
-    grpo: (r − mean)/std with the unbiased std; dr_grpo: r − mean; rloo: r − mean of the other G − 1.
-    """
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if kind == "grpo":
-        advantages = centred / (rewards.std(1, keepdim=True) + 1e-6)
-    elif kind == "rloo":
-        advantages = centred * rewards.shape[1] / (rewards.shape[1] - 1)
-    else:
-        advantages = centred
-    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return advantages.masked_fill(all_equal, 0.0)  # detail 1
-
-
-def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-    ratio: str = "token",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate; all are [B, T], advantages [B, T] or [B, 1]. Returns loss and ratio, [B, T]."""
-    log_ratio = (logprobs - old_logprobs) * mask
-    if ratio == "sequence":  # detail 8
-        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
-    rho = log_ratio.exp()
-    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
-    gain = torch.minimum(rho * advantages, clipped * advantages)  # detail 5
-    return -gain, rho.detach()
-
-
-def aggregate(
-    losses: torch.Tensor, mask: torch.Tensor, how: str, sequences: float, tokens: float, max_tokens: int
-) -> torch.Tensor:
-    """One number from token losses [B, T]; `sequences` and `tokens` count the whole optimizer step.  # detail 6
-
-    sequence: (1/N) Σ_i (1/T_i) Σ_t; token: Σ_i Σ_t / Σ_i T_i; constant: Σ_i Σ_t / (N · max_tokens).
-    """
-    if how == "sequence":
-        return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
-    return (losses * mask).sum() / (tokens if how == "token" else sequences * max_tokens)
-
-
-def turn_advantages(rewards: torch.Tensor, exists: torch.Tensor, kind: str) -> torch.Tensor:
-    """How much better each turn was than its siblings' turns of the same number.  # detail 13
-
-    rewards [P, G, K] of P tasks, G trajectories and up to K turns, exists [P, G, K]; returns [P, G, K]. A turn is worth
-    what was earned in it and later. One that no sibling has reached gets 0.
-    """
-    returns = (rewards * exists).flip(-1).cumsum(-1).flip(-1)
-    advantages = torch.zeros_like(returns)
-    for p, k in exists.any(1).nonzero().tolist():
-        members = exists[p, :, k]
-        if members.sum() > 1:
-            advantages[p, members, k] = group_advantages(returns[p, members, k][None], kind)[0]
-    return advantages
-
-
-@torch.no_grad()
-def policy_statistics(logprobs, old_logprobs, ref_logprobs, entropy, ratio, better, mask, args: Args) -> dict:
-    """Sums over the tokens of a microbatch, from which the means of policy/… are made. All [b, T].
-
-    `better` says where the advantage is positive: which bound of the clip binds depends on its sign.
-    """
-    log_ratio = logprobs - old_logprobs
-    outside = torch.where(better, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
-    sums = {
-        "tokens": torch.ones_like(mask),
-        "entropy": entropy,
-        "clip_fraction": outside,
-        "approx_kl": log_ratio.square() / 2,
-        "sampler_gap": log_ratio.abs(),
-    }
-    if ref_logprobs is not None:
-        sums["kl"] = kl_estimate(logprobs, ref_logprobs, "k3")
-    return {name: float((values * mask).sum()) for name, values in sums.items()}
 
 
 # ---------------------------------------------------------------------------------------------- data and experience
@@ -1367,31 +1123,23 @@ class Experience:
 class Rewards(NamedTuple):
     outcome: torch.Tensor  # [P, G] what the trajectories were worth in the end
     turns: torch.Tensor  # [P, G, K] what their turns were worth by themselves
-    exists: torch.Tensor  # [P, G, K] 1 where there is such a turn
+    exists: torch.Tensor  # [P, G, K] whether there is such a turn
 
     @property
     def total(self) -> torch.Tensor:
         return self.outcome + self.turns.sum(-1)
 
-    def advantages(self, args: Args) -> torch.Tensor:
-        """[B, K]: of each turn of each trajectory, by --credit."""
-        if args.credit == "trajectory":
-            whole = group_advantages(self.total, args.advantage)[..., None].expand_as(self.turns)
-            return whole.flatten(0, 1)
-        last = self.exists.cumsum(-1) == self.exists.sum(-1, keepdim=True)  # the outcome is earned in the last turn
-        earned = self.turns + self.outcome[..., None] * (last & (self.exists > 0))
-        return turn_advantages(earned, self.exists > 0, args.advantage).flatten(0, 1)
-
 
 def reward_trajectories(groups: list[list[Trajectory]], max_turns: int) -> Rewards:
     """What the environments say of their trajectories."""
     outcome = torch.tensor([[number_from(t.environment, "reward", t) for t in group] for group in groups])
-    turns, exists = torch.zeros(2, len(groups), len(groups[0]), max_turns)
+    turns = torch.zeros(len(groups), len(groups[0]), max_turns)
+    exists = torch.zeros(turns.shape, dtype=torch.bool)
     for p, group in enumerate(groups):
         for g, trajectory in enumerate(group):
             for k, turn in enumerate(trajectory.turns):
                 turns[p, g, k] = number_from(trajectory.environment, "turn_reward", turn)
-                exists[p, g, k] = 1
+                exists[p, g, k] = True
     return Rewards(outcome, turns, exists)
 
 
@@ -1467,29 +1215,31 @@ def evaluate_agent(player: Player, tasks: list[dict], args: Args, rank: int, wor
         sampled = player.play(mine, indices, args.eval_samples, temperature=args.temperature, **sampling)
         greedy = player.play(mine, indices, 1, temperature=0.0, **sampling)
         bare = player.play(mine, indices, args.eval_samples, temperature=args.temperature, withheld=True, **sampling)
-    device, sums = player.sampler.device, Counter(tasks=len(mine))
-    for name, groups in (("accuracy", sampled), ("accuracy_greedy", greedy), ("accuracy_without_tools", bare)):
-        rewards = [number_from(t.environment, "reward", t) for group in groups for t in group]
-        sums[name] = sum(rewards) / (1 if name == "accuracy_greedy" else args.eval_samples)
-    names = ("accuracy", "accuracy_greedy", "accuracy_without_tools")
-    conduct = sum_over_processes(count_conduct([t for group in sampled for t in group]), device)
-    means = sum_over_processes({name: sums[name] for name in ("tasks", *names)}, device)
-    metrics = {f"eval/{name}": means[name] / means["tasks"] for name in names}
+    played = {"accuracy": sampled, "accuracy_greedy": greedy, "accuracy_without_tools": bare}
+    rewards = {
+        name: [[number_from(t.environment, "reward", t) for t in group] for group in groups]
+        for name, groups in played.items()
+    }
+    sums = {name: sum(sum(group) / len(group) for group in given) for name, given in rewards.items()}
+    means = sum_over_processes({"tasks": len(mine), **sums}, player.sampler.device)
+    conduct = sum_over_processes(count_conduct([t for group in sampled for t in group]), player.sampler.device)
+    metrics = {f"eval/{name}": means[name] / means["tasks"] for name in played}
     metrics |= conduct_metrics(conduct, "eval")
     metrics["eval/completion_length"] = conduct["tokens"] / conduct["trajectories"]
     metrics["eval/truncated_fraction"] = 1 - conduct["answered"] / conduct["trajectories"]
     shown, tokenizer = [group[0] for group in sampled], player.dialogue.tokenizer
-    return metrics, [sample_row(tokenizer, t, task) for t, task in zip(shown, mine)], shown
+    given = [group[0] for group in rewards["accuracy"]]
+    return metrics, [sample_row(tokenizer, *of) for of in zip(shown, mine, given)], shown
 
 
-def sample_row(tokenizer, trajectory: Trajectory, task: dict) -> dict:
+def sample_row(tokenizer, trajectory: Trajectory, task: dict, reward: float) -> dict:
     """A trajectory for samples.jsonl."""
     observed = [[call.observation for call in turn.calls] for turn in trajectory.turns]
     texts = [turn.text + "".join(f" ⇒ {text}" for text in seen) for turn, seen in zip(trajectory.turns, observed)]
     return {
         "prompt": tokenizer.decode(task["ids"], skip_special_tokens=True),
         "completion": "\n".join(texts),
-        "reward": number_from(trajectory.environment, "reward", trajectory),
+        "reward": reward,
         "gold": task["row"].get("answer"),
         "ending": trajectory.ending,
         "calls": [vars(call) for call in trajectory.calls],
@@ -1590,7 +1340,8 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
         # Score, and compare within each group.
         rewards = reward_trajectories(groups, args.max_turns)
         experience = Experience(groups, device)
-        advantages = rewards.advantages(args).to(device).gather(1, experience.turns)  # [B, A]
+        of_turns = assign_credit(*rewards, args.credit, args.advantage)  # [P, G, K]
+        advantages = of_turns.flatten(0, 1).to(device).gather(1, experience.turns)  # [B, A]
         ref_logprobs = experience.reference_logprobs(reference, args, bfloat16)  # [B, A]
 
         # Update.
@@ -1695,6 +1446,263 @@ def check_agentic_args(args: Args) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
         sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
+
+
+# ---------------------------------------------------------------------------------------------- the sandbox
+
+
+def confine() -> None:
+    """Runs in an interpreter of its own, from its source: gives up all rights, then executes main.py.
+
+    With `check` as its last argument it prints which rows of Sandbox's table it could not establish.
+    """
+    import ctypes
+    import os
+    import platform
+    import resource
+    import struct
+    import sys
+    import traceback
+
+    seconds, memory, file_size, parent = map(int, sys.argv[1:5])
+    known = sys.argv[5]  # rows that are known not to hold, or "check"
+    missing = []
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": file_size, "NOFILE": 64, "CORE": 0, "STACK": 8 << 20, "NPROC": 0}
+    for name, value in limits.items():
+        try:
+            kind = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(kind)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(kind, (value, value))
+        except (AttributeError, ValueError, OSError):  # a system may not know it, or not obey
+            missing += {"CPU": ["time"], "AS": ["memory"], "STACK": ["memory"], "FSIZE": ["files"]}.get(name, [])
+    if known != "check":
+        with open("main.py", "rb") as file:
+            code = file.read()
+    os.environ.clear()
+    if sys.platform != "linux":
+        missing += ["memory", "processes", "files", "network", "environment", "signals"]
+    else:
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def call(function, *arguments) -> int:
+            return function(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
+
+        if call(libc.prctl, 1, 9, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG: killed when the thread that waits for it is gone
+            missing += ["signals"]
+        if os.getppid() != parent:  # which happened before
+            os._exit(1)
+        call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which both of the following want and will miss
+
+        # Landlock: no file can be opened, made or removed but where a rule says so. Bits: 1 write, 2 read, 3 list,
+        # 8 make file, 14 truncate; to remove, and to make folders, links and devices, are in no rule.
+        handled, readable = (1 << 15) - 1, 1 << 2 | 1 << 3
+        ruleset = -1
+        if call(libc.syscall, 444, None, 0, 1) >= 3:  # landlock_create_ruleset, its version
+            ruleset = call(libc.syscall, 444, struct.pack("Q", handled), 8, 0)
+        library = os.path.dirname(os.__file__)  # of this Python, without what has been installed
+        above = os.path.dirname(library)
+        rules = {os.path.join(library, name): readable for name in os.listdir(library)}
+        rules |= {os.path.join(above, name): readable for name in os.listdir(above) if ".so" in name}
+        rules = {path: rights for path, rights in rules.items() if not path.endswith("-packages")}
+        rules |= dict.fromkeys(["/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"], readable) | {library: 1 << 3}
+        rules |= {"/etc/ld.so.cache": 1 << 2, "/dev/urandom": 1 << 2, "/dev/null": 1 << 1 | 1 << 2}
+        rules["."] = readable | 1 << 1 | 1 << 8 | 1 << 14
+        for path, rights in rules.items():
+            if ruleset >= 0 and os.path.exists(path):
+                place = os.open(path, os.O_PATH)
+                rights &= -1 if os.path.isdir(path) else ~(1 << 3)
+                call(libc.syscall, 445, ruleset, 1, struct.pack("=Qi", rights, place), 0)
+                os.close(place)
+        if ruleset < 0 or call(libc.syscall, 446, ruleset, 0) != 0:  # landlock_restrict_self
+            missing += ["files", "environment"]
+        # Root's capabilities, but for that of reading a library in somebody else's home, or even that.
+        for kept in (4, 0):
+            sets = struct.pack("=6I", kept, kept, 0, 0, 0, 0)
+            if call(libc.capset, struct.pack("=Ii", 0x20080522, 0), sets) == 0:
+                break
+        else:
+            missing += ["files"]
+
+        # seccomp: these system calls and no others; none starts a process or thread, opens a socket, sends a signal,
+        # changes the owner, mode or times of a file, or takes its space without its length.
+        machines = {
+            "x86_64": (
+                0xC000003E, {"fcntl": 72, "ioctl": 16, "openat": 257, "open": 2},
+                "0-28 32-40 60-61 63 72-75 77-82 87 89 95-96 98-100 102 104 107-108 110-111 115 121 124 127-128 131 "
+                "137-138 158 186 201-202 204 217-219 228-233 247 257 262-264 267 269-271 273 281 290-293 309 316 318 "
+                "324 326 332 334 436 439",
+            ),
+            "aarch64": (
+                0xC00000B7, {"fcntl": 25, "ioctl": 29, "openat": 56},
+                "17 19-25 29 32 35 38 43-44 46 48-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-99 101-103 113-115 "
+                "123-124 128 132 134-137 139 153 155-156 158 160 165-166 168-169 172-179 214-216 222 226-227 232-233 "
+                "260 276 278 283 285 291 293 436 439",
+            ),
+        }  # fmt: skip
+        architecture, special, numbers = machines.get(platform.machine(), (0, {}, ""))
+        allowed = []
+        for part in numbers.split():
+            first, _, last = part.partition("-")
+            allowed += range(int(first), int(last or first) + 1)
+        load, equal, has_bits, end = 0x20, 0x15, 0x45, 0x06  # opcodes of classic BPF
+        kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000  # deny: the call fails with EPERM
+
+        def only(number: int, offset: int, values: list[int]) -> list[tuple]:
+            """A call is allowed if its argument, which lies at `offset`, is one of these."""
+            tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+            ends = [(end, 0, 0, deny), (end, 0, 0, allow)]
+            return [(equal, 0, len(values) + 3, number), (load, 0, 0, offset), *tests, *ends]
+
+        program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
+        if allowed:
+            # fcntl without owners and signals of files, leases and the size of pipes; ioctl for terminals and pending
+            # bytes alone; no files without a name.
+            program += only(special["fcntl"], 24, [*range(8), 1030])
+            program += only(special["ioctl"], 24, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451])
+            for name, offset in (("open", 24), ("openat", 32)):
+                if name in special:
+                    program += [(equal, 0, 4, special[name]), (load, 0, 0, offset), (has_bits, 0, 1, 0x400000)]
+                    program += [(end, 0, 0, deny), (end, 0, 0, allow)]
+        program += [(equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
+        program += [(end, 0, 0, deny), (end, 0, 0, allow)]
+        filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+        described = struct.pack("HP", len(program), ctypes.addressof(filters))
+        if not allowed or call(libc.prctl, 22, 2, described, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+            missing += ["processes", "network", "signals"]
+    if known == "check":
+        print(" ".join(dict.fromkeys(missing)))
+        return
+    if unexpected := [row for row in missing if row not in known.split()]:
+        sys.exit(f"the sandbox does not hold ({', '.join(unexpected)}): nothing was run")
+    sys.argv[:] = ["main.py"]
+    sys.modules["__main__"] = module = type(sys)("__main__")
+    try:
+        exec(compile(code, "main.py", "exec"), module.__dict__)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+        sys.exit(1)
+
+
+CONFINE_SOURCE = inspect.getsource(confine) + "\nconfine()\n"  # now: the file may be edited later
+
+
+class Sandbox:
+    """Runs Python code that a model wrote, in a process of its own without rights. Root and ordinary users alike:
+
+        what          how it is contained (Linux on x86-64 and ARM64)
+        ------------  ----------------------------------------------------------------------------------------------
+        time          killed after --tool-seconds by the clock; little more of one processor (RLIMIT_CPU)
+        memory        --python-memory-mb of address space (RLIMIT_AS), 8 MB of stack; no memory that outlives it
+        processes     none, and no threads, can be started, and no program executed (seccomp)
+        files         reads this Python's standard library and /usr/lib, and makes and writes files in its empty scratch
+                      folder alone (Landlock), of at most 8 MB each and 64 open at once; killed at 16 MB together, or
+                      4,000 files, as a look every 20 ms finds them. It can remove nothing, make no folder or link,
+                      and change nobody's owner, mode or times (seccomp, capabilities). The folder is removed
+        output        killed at 64 kB; bytes that are no UTF-8 are replaced; standard input is empty
+        network       no sockets of any kind (seccomp)
+        environment   empty; /proc/…/environ cannot be read, nor the data, the graders or the model (Landlock)
+        signals       none can be sent to another process, nor can one be traced (seccomp); it ends with its parent
+
+    Not contained: it can tell which files exist, how large they are and where links lead; it shares the processor's
+    caches and the kernel, whose faults are its ways out; a training that is killed by SIGKILL leaves the scratch folder
+    behind. What it costs: asyncio, threads, temporary files, and packages beyond the standard library do not work.
+    Without seccomp or Landlock (Linux ≥ 6.2), and on other systems, `gaps` names the rows that do not hold.
+    """
+
+    OUTPUT, FILES = 64_000, 16_000_000  # bytes
+
+    def __init__(self, seconds: float, memory_mb: int):
+        self.seconds, self.folder = seconds, tempfile.TemporaryDirectory(prefix="sandbox-")
+        # One second more than the clock has, which otherwise might find it killed already.
+        self.limits = [str(math.ceil(seconds) + 1), str(memory_mb << 20), str(self.FILES // 2), str(os.getpid())]
+        try:
+            check = subprocess.run(self.command("check"), capture_output=True, text=True, env={}, cwd=self.folder.name,
+                                   timeout=60)  # fmt: skip
+            told, failed = check.stdout, ""
+            if check.returncode:
+                failed = check.stderr.strip()[-200:] or f"exit status {check.returncode}"
+        except (OSError, TypeError, subprocess.TimeoutExpired) as error:
+            told, failed = "", first_line(error)
+        if failed:
+            sys.exit(f"--tools python: the sandbox cannot be started with {sys.executable} ({failed}).")
+        self.gaps = told.split()  # rows of the table that this system cannot keep
+
+    def command(self, known: str) -> list[str]:
+        return [sys.executable, "-I", "-S", "-u", "-X", "utf8", "-c", CONFINE_SOURCE, *self.limits, known]
+
+    def python(self, code: str) -> str:
+        """Run Python code, which has the standard library and nothing else, and read what it prints.
+
+        Args:
+            code: A program that prints its result.
+        """
+        scratch = tempfile.mkdtemp(dir=self.folder.name)
+        try:
+            Path(scratch, "main.py").write_bytes(code.encode("utf-8", "replace"))
+            return self.run(scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def run(self, scratch: str) -> str:
+        """What main.py in `scratch` prints, and how it ended if not well. Raises TimeoutError."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = self.command(" ".join(self.gaps))
+        process = subprocess.Popen(command, **pipes, cwd=scratch, env={}, start_new_session=True)
+        began, pipe, output, is_closed, reason = time.monotonic(), process.stdout.fileno(), b"", False, ""
+        os.set_blocking(pipe, False)
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        try:
+            while not reason and not has_ended(process):
+                if is_closed:
+                    time.sleep(0.002 if time.monotonic() < began + 0.2 else 0.02)
+                elif poller.poll(20):
+                    with contextlib.suppress(BlockingIOError):  # it can read its own pipe, and may have been faster
+                        chunk = os.read(pipe, 65536)
+                        output, is_closed = output + chunk, not chunk
+                if time.monotonic() > began + self.seconds:
+                    reason = f"stopped: it took longer than {self.seconds:g} seconds"
+                elif len(output) > self.OUTPUT:
+                    reason = f"stopped: it printed more than {self.OUTPUT} bytes"
+                elif folder_size(scratch) > self.FILES:
+                    reason = f"stopped: its files take more than {self.FILES} bytes"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+        with contextlib.suppress(BlockingIOError):  # raised where something else holds the pipe, and it is empty
+            while len(output) <= self.OUTPUT and (chunk := os.read(pipe, 65536)):
+                output += chunk
+        process.stdout.close()
+        text = output[: self.OUTPUT].decode("utf-8", "replace")
+        if not reason and status:
+            reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        told = "\n".join(filter(None, [text.rstrip("\n"), reason and f"[{reason}]"])) or "(it printed nothing)"
+        if "took longer" in reason:
+            raise TimeoutError(told)
+        return told
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether a process has ended. It is left unreaped where that is possible: it keeps its number, so that who is
+    killed by that number afterwards can be nobody else."""
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return process.poll() is not None
+
+
+def folder_size(folder: str) -> int:
+    """Bytes that the files in a folder without folders take or claim, at least a block for each."""
+    total = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat(follow_symlinks=False)
+                total += max(4096, about.st_size, 512 * about.st_blocks)
+    return total
 
 
 # =============================================================== plumbing: the same in every script, not the algorithm

@@ -1,6 +1,5 @@
 """agentic.py: trajectories exact to the token, tools that are real, a sandbox that holds, credit by known answers."""
 
-import dataclasses
 import json
 import math
 import os
@@ -103,7 +102,7 @@ def test_t32_agentic_detail_2_every_stored_token_is_as_a_fresh_forward_has_it(mo
 
 def test_agentic_keys_and_values_are_kept_from_turn_to_turn(model, tokenizer, tools):
     player = player_of(model, tokenizer, tools)
-    prefilled, prefill = [], agentic.Sampler.generate
+    prefilled = []
 
     class Counting(type(player.sampler)):
         def longest_kept(self, prompt):
@@ -113,7 +112,6 @@ def test_agentic_keys_and_values_are_kept_from_turn_to_turn(model, tokenizer, to
 
     player.sampler.__class__ = Counting
     groups = play(player, QUESTIONS[:4], 8)
-    assert prefill is agentic.Sampler.generate
     later = [t for group in groups for t in group if len(t.turns) > 1]
     continued = [(length, kept) for length, kept in prefilled if kept]
     assert len(continued) >= len(later) > 0  # all that went on did so from what was kept
@@ -398,7 +396,8 @@ def test_search_ranks_by_bm25_and_shows_titles(tmp_path):
         {"text": "Rooms have doors."},
         {"title": "Door", "text": "Door: a way into rooms."},
     )
-    assert found.search("lamp").splitlines()[0].startswith("Lamp: ") or "Lighthouse: " in found.search("lamp")
+    # Twice in a short text counts for more than in the title and once in a long one.
+    assert [line.partition(":")[0] for line in found.search("lamp").splitlines()] == ["Lighthouse", "Lamp"]
     assert found.search("warn ships").splitlines()[0] == "Lighthouse: A tower with a lamp. The lamp warns ships."
     assert found.search("DOOR of a room").splitlines()[0] == "Door: a way into rooms."  # its title once
     assert found.search("zebra") == "nothing found"
@@ -707,7 +706,7 @@ def test_what_a_model_writes_cannot_crash_the_run(tokenizer, tmp_path):
     assert [t.ending for t in trajectories] == ["answered"] * 2
     for t in trajectories:
         (tmp_path / "t.txt").write_text(agentic.render_transcript(tokenizer, t, "title"), encoding="utf-8")
-        json.dumps(agentic.sample_row(tokenizer, t, {"ids": t.ids[:5], "row": {}}))
+        json.dumps(agentic.sample_row(tokenizer, t, {"ids": t.ids[:5], "row": {}}, 0.0))
     assert not agentic.is_deeper({"a": [1]}, 2) and agentic.is_deeper({"a": [[1]]}, 2)
 
 
@@ -807,16 +806,20 @@ def test_agentic_detail_1_agentic_detail_13_advantages_of_trajectories_and_turns
     assert (agentic.group_advantages(torch.full((2, 8), 0.1), "grpo") == 0).all()
     # Two trajectories of two turns, one of one; costs of the turns, outcomes 1, 0, 1.
     turns = torch.tensor([[[-0.1, 0.0], [0.0, -0.2], [0.0, 0.0]]])
-    exists = torch.tensor([[[1, 1], [1, 1], [1, 0]]])
+    exists = torch.tensor([[[1, 1], [1, 1], [1, 0]]]) > 0
     rewards = agentic.Rewards(torch.tensor([[1.0, 0.0, 1.0]]), turns, exists)
     close(rewards.total, [[0.9, -0.2, 1.0]])
-    whole = rewards.advantages(Args(advantage="dr_grpo"))  # [B, K]
+
+    def advantages(kind: str = "grpo", credit: str = "trajectory") -> torch.Tensor:
+        return agentic.assign_credit(*rewards, credit, kind)[0]  # [G, K]
+
+    whole = advantages("dr_grpo")
     close(whole, [[1 / 3, 1 / 3], [-0.2 - 1.7 / 3, -0.2 - 1.7 / 3], [1 - 1.7 / 3, 1 - 1.7 / 3]])
     # By turns: the first is worth 0.9, −0.2, 1.0, the second 1.0, −0.2, of the two that have one.
-    by_turn = rewards.advantages(Args(advantage="dr_grpo", credit="turn"))
+    by_turn = advantages("dr_grpo", "turn")
     close(by_turn, [[1 / 3, 0.6], [-0.2 - 1.7 / 3, -0.6], [1 - 1.7 / 3, 0.0]])
-    close(rewards.advantages(Args(advantage="rloo", credit="turn"))[:2, 1], [1.2, -1.2])
-    close(rewards.advantages(Args(credit="turn"))[:2, 1], [0.6 / 0.8485281, -0.6 / 0.8485281], 1e-4)
+    close(advantages("rloo", "turn")[:2, 1], [1.2, -1.2])
+    close(advantages("grpo", "turn")[:2, 1], [0.6 / 0.8485281, -0.6 / 0.8485281], 1e-4)
     # A turn that nobody else has reached, and turns that all earn the same: exactly 0.
     alone = agentic.turn_advantages(
         torch.tensor([[[1.0, 5.0], [0.0, 0.0]]]), torch.tensor([[[1, 1], [1, 0]]]) > 0, "grpo"
@@ -898,7 +901,8 @@ HOSTILE = {
         "print(libc.fallocate(f, 1, ctypes.c_long(0), ctypes.c_long(4 << 30)), ctypes.get_errno())", "-1 1",
     ),
     "files: posix_fallocate": (
-        "import os\nfor i in range(99): os.posix_fallocate(os.open(f'f{i}', os.O_CREAT | os.O_RDWR), 0, 7 << 20)", "",
+        "import os\nfor i in range(99): os.posix_fallocate(os.open(f'f{i}', os.O_CREAT | os.O_RDWR), 0, 7 << 20)",
+        "PermissionError",
     ),
     "files: unlinked and mapped": ("import os; open('f', 'w'); os.unlink('f')", "PermissionError"),
     "files: without a name": ("import os; os.open('.', os.O_TMPFILE | os.O_RDWR)", "PermissionError"),
@@ -924,7 +928,7 @@ HOSTILE = {
     "output: half a surrogate": ("print('\\ud800')", "UnicodeEncodeError"),
     "output: its own pipe read": (
         "import os\nr = os.open('/proc/self/fd/1', os.O_RDONLY | os.O_NONBLOCK)\nfor _ in range(10**5):\n"
-        "  os.write(1, b'x')\n  try: os.read(r, 1)\n  except OSError: pass", "",
+        "  os.write(1, b'x')\n  try: os.read(r, 1)\n  except OSError: pass", "xx",
     ),
     "network: connect": ("import socket; socket.create_connection(('127.0.0.1', PORT))", "PermissionError"),
     "network: unix socket": ("import socket; socket.socketpair()", "PermissionError"),
@@ -936,7 +940,7 @@ HOSTILE = {
     "signals: priorities": ("import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)", "PermissionError"),
     "signals: stopping itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "PermissionError"),
     "ends: deep recursion": ("def f(): f()\nf()", "RecursionError"),
-    "ends: deep recursion in C": ("x = []\nfor _ in range(10**6): x = [x]\nrepr(x)", ""),
+    "ends: deep recursion in C": ("x = []\nfor _ in range(10**6): x = [x]\nrepr(x)", "Error"),
     "ends: exit code": ("import sys; sys.exit(3)", "[exit status 3]"),
     "ends: crash": ("import ctypes; ctypes.string_at(0)", "[killed by SIGSEGV]"),
     "ends: exception": ("def f():\n    return 1 / 0\nf()", 'File "main.py", line 2, in f'),
@@ -978,7 +982,7 @@ print(json.dumps(results))
 def sandbox_source() -> str:
     """What of agentic.py makes the sandbox; it needs the standard library alone."""
     source = (ROOT / "agentic.py").read_text()
-    part = source[source.index("def confine()") : source.index("def build_tools(")]
+    part = source[source.index("def confine()") : source.index("# ====", source.index("class Sandbox"))]
     imports = "import contextlib, inspect, math, os, select, shutil, signal, subprocess, sys, tempfile, time\n"
     imports += "from pathlib import Path\n"
     return imports + part.replace("inspect.getsource(confine)", repr(part[: part.index("CONFINE_SOURCE")]))
@@ -1101,6 +1105,46 @@ def test_the_python_tool_in_a_conversation(tokenizer):
     assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sandbox-*/*")) <= before
 
 
+class Hostile(ToolQuestions):
+    """The embedded model's two tools, which run what it never would write itself."""
+
+    def reset(self, row):
+        self.tools = [self.calculator, self.search]
+        return super().reset(row)
+
+    def calculator(self, expression: str) -> str:
+        """Loop.
+
+        Args:
+            expression: Anything.
+        """
+        return self.python("while True: print(end='x')")
+
+    def search(self, query: str) -> str:
+        """Multiply.
+
+        Args:
+            query: Anything.
+        """
+        return self.python("import os\nwhile True: os.fork()")
+
+    def python(self, code: str) -> str:
+        return Sandbox(0.3, 256).python(code)
+
+
+def test_the_training_goes_on_whatever_code_is_run(tmp_path):
+    small = {"steps": 2, "batch_size": 2, "num_samples": 4, "eval_rows": 2, "eval_samples": 2, "eval_every": 0}
+    agentic.main(Args(**small, output_dir=str(tmp_path)), Hostile)
+    rows = metrics(tmp_path)[1:]
+    assert len(rows) == 2 and sum(row["agent/calls"] for row in rows) > 0
+    calls = [
+        call for line in (tmp_path / "samples.jsonl").read_text().splitlines() for call in json.loads(line)["calls"]
+    ]
+    observed = " ".join(call["observation"] for call in calls)
+    assert "printed more than" in observed or "PermissionError" in observed or "took longer" in observed
+    assert sandboxed() == []
+
+
 # ---------------------------------------------------------------------------------------------- settings
 
 
@@ -1112,7 +1156,6 @@ def test_settings_of_agentic(tmp_path):
     assert "--max-turns 64 must be at most 63" in fails("agentic", "--max-turns", 64)
     assert "--tool-seconds 0.0 must be above 0" in fails("agentic", "--tool-seconds", 0)
     assert "no such file" in fails("agentic", "--corpus", tmp_path / "none.jsonl")
-    assert dataclasses.fields(Args)[0].name == "model"
 
 
 def test_instruction_and_costs(tmp_path):
