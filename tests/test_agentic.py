@@ -703,6 +703,7 @@ def test_what_a_model_writes_cannot_crash_the_run(tokenizer, tmp_path):
     options = {"environment": Slow, "max_completion_tokens": 300, "max_trajectory_tokens": 900}
     trajectories, _ = scripted(tokenizer, [], *said, **options)
     assert [[c.error for c in t.calls] for t in trajectories] == [["failed", "unknown_tool"], ["bad_arguments"]]
+    assert trajectories[1].calls[0].observation == "error: the arguments are nested too deeply"
     assert [t.ending for t in trajectories] == ["answered"] * 2
     for t in trajectories:
         (tmp_path / "t.txt").write_text(agentic.render_transcript(tokenizer, t, "title"), encoding="utf-8")
@@ -795,7 +796,11 @@ def test_tools_are_withheld(model, tokenizer, tools):
     assert not any("tools:" in tokenizer.decode(t.ids[: t.prompt_length]) for t in trajectories)
     assert all(call.error in ("unknown_tool", "bad_json", "over_limit") for t in trajectories for call in t.calls)
     assert not any(t.environment.reward(t) for t in trajectories)
-    (t,), _ = scripted(tokenizer, tools, [call("calculator", expression="1"), "no"])
+    said = [call("calculator", expression="1"), "no"]
+    player = Player(Scripted(tokenizer, {0: list(said)}), Dialogue(tokenizer, 99), ToolQuestions, tools, Args())
+    ((t,),) = play(player, [{"prompt": "a", "answer": "1"}], 1, withheld=True)
+    assert t.calls[0].observation == "error: there is no tool 'calculator'; the tools are none"
+    (t,), _ = scripted(tokenizer, tools, said)
     assert t.calls[0].observation == "1"
 
 
@@ -916,6 +921,9 @@ HOSTILE = {
     "files: lease": ("import fcntl, os; fcntl.fcntl(open(os.__file__), fcntl.F_SETLEASE, 0)", "PermissionError"),
     "files: a large one": ("open('f', 'wb').write(bytes(10**8))", "File too large"),
     "files: many large ones": ("for i in range(999): open(f'f{i}', 'wb').write(bytes(10**6))", "take more than 16"),
+    "files: three large ones": (
+        "import time\nfor i in range(3): open(f'f{i}', 'wb').write(bytes(7 * 10**6))\ntime.sleep(99)", "take more than",
+    ),
     "files: very many": ("for i in range(10**7): open(f'f{i}', 'w').close()", "[stopped: "),
     "files: all closed": (
         "import os\nos.close(1); os.close(2)\nfor i in range(999): open(f'f{i}', 'wb').write(bytes(10**6))",
