@@ -74,6 +74,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -83,7 +84,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from common.generation import Completion, Sampler
-from common.kl import AdaptiveKLController, hidden_states, kl_estimate, local_token_logprobs, token_logprobs, whiten
+from common.kl import (
+    AdaptiveKLController,
+    has_known_logits,
+    hidden_states,
+    kl_estimate,
+    local_token_logprobs,
+    token_logprobs,
+    use_layout,
+    whiten,
+)
 from common.tokenizer import (
     Packed,
     Segment,
@@ -397,9 +407,8 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
             sys.exit(f"{flag} {path}: member {k} of the reward model could not be loaded ({first_line(error)}).")
         if info["missing_keys"]:
             sys.exit(f"{flag} {path}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
-        if model._supports_attention_backend:
-            model.set_attn_implementation("layout")
-        members.append(model.to(device).eval().requires_grad_(False))
+        use_layout(model.to(device).eval().requires_grad_(False))
+        members.append(model)
     return tokenizer, members
 
 
@@ -414,7 +423,7 @@ def load_reward_model(args, device, bfloat16: bool):
     if getattr(config, "reward_kind", "outcome") != "outcome":
         sys.exit(f"{flag} {path}: a process model, which scores single steps; take one trained with --kind outcome.")
     tokenizer, members = load_scalar_models(path, flag, config, args.trust_remote_code, device)
-    context = config.get_text_config().max_position_embeddings
+    context = context_length(config)
 
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
         """Scores [B] of packed rows, or of one row at a time where the head is of another kind."""
@@ -563,11 +572,10 @@ def load_critic(args: Args, tokenizer, device):
         head.weight.copy_(trained.weight / std if from_reward else torch.zeros_like(trained.weight))
         head.bias.fill_((bias - mean) / std if from_reward else 0.0)  # detail 16
     critic.score = head
-    if critic._supports_attention_backend:
-        critic.set_attn_implementation("layout")
+    use_layout(critic.to(device).eval())
     if args.gradient_checkpointing:
         critic.gradient_checkpointing_enable()
-    return critic.to(device).train(args.gradient_checkpointing)
+    return critic.train(args.gradient_checkpointing)
 
 
 def local_scores(model, packed: Packed, positions: torch.Tensor) -> torch.Tensor:
@@ -719,15 +727,13 @@ def draw_overoptimisation(run: Run) -> None:
     """overoptimisation.png: proxy and gold reward of the evaluations over the root of the KL, as Gao et al. draw it."""
     if not run.is_main:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "eval/kl" in row]
     distance = [max(row["eval/kl"], 0.0) ** 0.5 for row in rows]
-    figure, axis = pyplot.subplots(figsize=(5, 3.2))
+    figure = Figure(figsize=(5, 3.2), layout="tight")
+    axis = figure.subplots()
     lines = axis.plot(distance, [row["eval/reward"] for row in rows], marker="o", ms=3, label="proxy")
     axis.set(xlabel="√KL to the reference, of nats per completion", ylabel="proxy reward")
     if "eval/accuracy" in rows[0]:
@@ -736,9 +742,7 @@ def draw_overoptimisation(run: Run) -> None:
         lines += gold.plot(distance, shares, marker="o", ms=3, color="C1", label="gold")
         gold.set(ylabel="gold: share right", ylim=(0, 1.02))
     axis.legend(handles=lines, loc="lower right")
-    figure.tight_layout()
     figure.savefig(run.folder / "overoptimisation.png", dpi=110)
-    pyplot.close(figure)
 
 
 def warn_if_all_are_cut(run: Run, step: int, told: dict, args: Args) -> None:
@@ -789,7 +793,7 @@ def main(args: Args) -> dict:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args.eval_rows, args.seed)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    context = context_length(load_config(args.model, args.trust_remote_code))
     longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
     if longest < 1:
         sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
@@ -1120,6 +1124,11 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
     return config
 
 
+def context_length(config) -> int:
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def load_model(args, device, from_scratch: bool = False):
     """The model that `args` names in float32, its attention decided by each batch's layout."""
     transformers_logging.disable_progress_bar()
@@ -1133,11 +1142,15 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
-    if model._supports_attention_backend:
-        model.set_attn_implementation("layout")
+    use_layout(model.to(device).eval())
+    if not has_known_logits(model):
+        sys.exit(
+            f"--model {args.model}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
+            "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model."
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device).train(args.gradient_checkpointing)
+    return model.train(args.gradient_checkpointing)
 
 
 def shard(model, world: int, bfloat16: bool):
@@ -1250,7 +1263,7 @@ class Run:
         if (self.folder / "args.json").exists() and not args.resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
@@ -1315,6 +1328,13 @@ def require_finite(run: Run, step: int, loss: float, device) -> float:
     return loss
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and put it there, so that a kill never leaves half of it."""
+    part = path.with_name(f".writing-{path.name}")
+    part.write_text(text)
+    part.replace(path)
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1322,21 +1342,19 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 def draw_curves(folder: Path, shown: dict[str, str]) -> None:
     """curves.png: one panel for each metric that the terminal shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot, and a layout found by drawing twice, would cost three times as much
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    width = 3.6 * len(shown)
+    figure = Figure(figsize=(width, 2.8))
+    axes = figure.subplots(1, len(shown), squeeze=False)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.15 / width, bottom=0.17, top=0.89, wspace=0.25)
     for axis, (name, title) in zip(axes[0], shown.items()):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 def fingerprint(model) -> str:
@@ -1383,7 +1401,8 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    if about["step"] >= steps:
+    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
+    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
@@ -1400,9 +1419,7 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
 def drop_rows_after(path: Path, step: int) -> None:
     """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
     whole = path.read_text().split("\n")[:-1]
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
@@ -1415,9 +1432,23 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
         weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
-        model.save_pretrained(run.folder / "model", state_dict=weights)
-        tokenizer.save_pretrained(run.folder / "model")
+        part = run.folder / ".writing-model"
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
+        part.rename(run.folder / "model")
+
+
+def tell_of_a_full_disk(error: Exception) -> None:
+    """End with a sentence if that is what the error is about."""
+    if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
+        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, SafetensorError) as error:
+        tell_of_a_full_disk(error)
+        raise

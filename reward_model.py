@@ -74,6 +74,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import tyro
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -83,7 +84,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from common.generation import Sampler
-from common.kl import hidden_states
+from common.kl import has_known_logits, head_logits, hidden_states, logit_shape, use_layout
 from common.tokenizer import (
     Packed,
     Segment,
@@ -491,10 +492,12 @@ def load_judge(args, device, bfloat16: bool):
     principles = Path(args.principles).read_text().splitlines() if args.principles else [PRINCIPLE]
     principles = [line.strip() for line in principles if line.strip()]
     tokenizer = load_tokenizer(args.judge, args.trust_remote_code, "--judge")
-    context = load_config(args.judge, args.trust_remote_code, "--judge").get_text_config().max_position_embeddings
+    context = context_length(load_config(args.judge, args.trust_remote_code, "--judge"))
     judge = load_model(replace(args, model=args.judge), device).requires_grad_(False)
     opening = encode_text(tokenizer, "The better answer is Answer ")
     options = [encode_text(tokenizer, option)[-1] for option in "AB"]
+    head = judge.get_output_embeddings()
+    weight, bias = head.weight[options], None if head.bias is None else head.bias[options]
 
     @torch.no_grad()
     def readings(triples: list[tuple], numbers: list[int]) -> list[tuple[float, float] | None]:
@@ -510,8 +513,8 @@ def load_judge(args, device, bfloat16: bool):
             for part in split_by_tokens([ids[i] for i in kept], args.microbatch_tokens):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     hidden = last_hidden_states(judge, [ids[kept[j]] for j in part], device)
-                    logits = judge.get_output_embeddings()(hidden)
-                for j, probability in zip(part, logits[:, options].float().softmax(-1)[:, 0].tolist()):
+                    logits = head_logits(hidden, weight, bias, hidden.dtype, logit_shape(judge))
+                for j, probability in zip(part, logits.softmax(-1)[:, 0].tolist()):
                     found[kept[j]] = probability
                 bar.update(len(part))
         return [(a, b) if a is not None else None for a, b in zip(found[::2], found[1::2])]
@@ -564,9 +567,7 @@ def ai_feedback(args: Args, rows: list[dict], tokenizer, run: Run, context: int,
         labelled.append({**row, **pair_row, "chosen_probability": max(probability, 1 - probability)})
     if run.is_main:
         report_flips([row[3:] for row in judged], len(rows))
-        part = path.with_suffix(".part")  # a kill must not leave half of it to --resume
-        part.write_text("".join(json.dumps(row) + "\n" for row in labelled))
-        part.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in labelled))
     return labelled
 
 
@@ -701,16 +702,13 @@ def draw_scores(run: Run, step: int, groups: dict[str, torch.Tensor]) -> None:
     groups = {name: values for name, values in groups.items() if len(values)}  # there may be no wrong step at all
     if not run.is_main or not groups:
         return
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5, 3.2))
+    figure = Figure(figsize=(5, 3.2), layout="tight")
+    axis = figure.subplots()
     axis.hist([values.numpy() for values in groups.values()], bins=30, label=list(groups))
     axis.set(xlabel="score", ylabel="held-out count", title=f"step {step}")
     axis.legend()
-    figure.tight_layout()
     figure.savefig(run.folder / "scores.png", dpi=110)
     run.writer.add_figure("eval/scores", figure, step)
     for name, values in groups.items():
@@ -738,7 +736,7 @@ def main(args: Args) -> dict:
     if held_out_source:
         held_out = load_rows(held_out_source, args.subset, args.split, COLUMNS[args.kind])[: args.eval_rows]
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    context = context_length(load_config(args.model, args.trust_remote_code))
     run = None
     if args.judge:  # before the rest, because its labels are written into the run's folder
         run = start_run()
@@ -886,11 +884,10 @@ def load_reward_backbone(args: Args, device, member: int):
     if "score.weight" in info["missing_keys"]:
         head = torch.Generator().manual_seed(args.seed * 1_000_003 + member)  # detail 8, detail 12
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5, generator=head)  # detail 2
-    if model._supports_attention_backend:
-        model.set_attn_implementation("layout")
+    use_layout(model.to(device).eval())
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device).train(args.gradient_checkpointing)
+    return model.train(args.gradient_checkpointing)
 
 
 def shard_reward_model(model, world: int, bfloat16: bool):
@@ -908,12 +905,14 @@ def shard_reward_model(model, world: int, bfloat16: bool):
 
 def save_reward_models(run: Run, members, tokenizer, constants, endings: set[int], bfloat16: bool) -> None:
     """model/, and model/member_k for the rest of an ensemble: weights, tokenizer, and a config with the constants."""
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options, part = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True), run.folder / ".writing-model"
+    if run.is_main:
+        shutil.rmtree(part, ignore_errors=True)
     for k, model in enumerate(members):
         state = sharded.get_model_state_dict(model, options=options)
         if not run.is_main:
             continue
-        folder = run.folder / "model" / (f"member_{k}" if k else "")
+        folder = part / (f"member_{k}" if k else "")
         config = model.config
         config.dtype = torch.bfloat16 if bfloat16 else torch.float32
         config.reward_kind, config.reward_members = run.args.kind, len(members)
@@ -926,6 +925,9 @@ def save_reward_models(run: Run, members, tokenizer, constants, endings: set[int
         config.get_text_config().pad_token_id = None if pad in endings else pad
         model.save_pretrained(folder, state_dict={name: value.to(config.dtype) for name, value in state.items()})
         tokenizer.save_pretrained(folder)
+    if run.is_main:
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
+        part.rename(run.folder / "model")
 
 
 # =============================================================== plumbing: the same in every script, not the algorithm
@@ -1032,6 +1034,11 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
     return config
 
 
+def context_length(config) -> int:
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def load_model(args, device, from_scratch: bool = False):
     """The model that `args` names in float32, its attention decided by each batch's layout."""
     transformers_logging.disable_progress_bar()
@@ -1045,11 +1052,15 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
-    if model._supports_attention_backend:
-        model.set_attn_implementation("layout")
+    use_layout(model.to(device).eval())
+    if not has_known_logits(model):
+        sys.exit(
+            f"--model {args.model}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
+            "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model."
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device).train(args.gradient_checkpointing)
+    return model.train(args.gradient_checkpointing)
 
 
 def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
@@ -1150,7 +1161,7 @@ class Run:
         if (self.folder / "args.json").exists() and not args.resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
@@ -1215,6 +1226,13 @@ def require_finite(run: Run, step: int, loss: float, device) -> float:
     return loss
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and put it there, so that a kill never leaves half of it."""
+    part = path.with_name(f".writing-{path.name}")
+    part.write_text(text)
+    part.replace(path)
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1222,21 +1240,19 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 def draw_curves(folder: Path, shown: dict[str, str]) -> None:
     """curves.png: one panel for each metric that the terminal shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot, and a layout found by drawing twice, would cost three times as much
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    width = 3.6 * len(shown)
+    figure = Figure(figsize=(width, 2.8))
+    axes = figure.subplots(1, len(shown), squeeze=False)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.15 / width, bottom=0.17, top=0.89, wspace=0.25)
     for axis, (name, title) in zip(axes[0], shown.items()):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 def fingerprint(model) -> str:
@@ -1283,7 +1299,8 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    if about["step"] >= steps:
+    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
+    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
@@ -1300,10 +1317,18 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
 def drop_rows_after(path: Path, step: int) -> None:
     """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
     whole = path.read_text().split("\n")[:-1]
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+def tell_of_a_full_disk(error: Exception) -> None:
+    """End with a sentence if that is what the error is about."""
+    if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
+        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, SafetensorError) as error:
+        tell_of_a_full_disk(error)
+        raise

@@ -88,6 +88,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -97,7 +98,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from common.generation import Completion, Sampler
-from common.kl import hidden_states, kl_estimate, local_token_logprobs, token_logprobs
+from common.kl import has_known_logits, hidden_states, kl_estimate, local_token_logprobs, token_logprobs, use_layout
 from common.tokenizer import (
     Segment,
     as_messages,
@@ -906,7 +907,7 @@ def load_reranker(args: Args, device, bfloat16: bool):
     is_process = getattr(config, "reward_kind", "outcome") == "process"
     if any(not isinstance(getattr(model, "score", None), torch.nn.Linear) for model in members):
         sys.exit(f"{flag} {path}: has no linear head named `score`, as what reward_model.py makes has.")
-    context = config.get_text_config().max_position_embeddings
+    context = context_length(config)
 
     def encode(prompt, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the places where scores are read."""
@@ -1004,9 +1005,8 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
             sys.exit(f"{flag} {path}: member {k} of the reward model could not be loaded ({first_line(error)}).")
         if info["missing_keys"]:
             sys.exit(f"{flag} {path}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
-        if model._supports_attention_backend:
-            model.set_attn_implementation("layout")
-        members.append(model.to(device).eval().requires_grad_(False))
+        use_layout(model.to(device).eval().requires_grad_(False))
+        members.append(model)
     return tokenizer, members
 
 
@@ -1148,14 +1148,12 @@ def draw_scaling(run: Run) -> None:
     """scaling.png: the last evaluation's accuracy against samples, and accuracy and length over all evaluations."""
     if not run.is_main:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in logged if "eval/accuracy" in row]
-    figure, (samples, training) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4), layout="tight")
+    samples, training = figure.subplots(1, 2)
     for color, kind in enumerate(("pass", "maj", "weighted", "best")):
         for row, style in ((rows[0], ":"), (rows[-1], "-"))[len(rows) == 1 :]:
             at = {int(k.partition("@")[2]): value for k, value in row.items() if k.startswith(f"eval/{kind}@")}
@@ -1176,9 +1174,7 @@ def draw_scaling(run: Run) -> None:
     length = training.twinx()
     length.plot(steps, [row["eval/completion_length"] for row in rows], color="tab:orange", marker="o", ms=3)
     length.set(ylabel="tokens (orange)")
-    figure.tight_layout()
     figure.savefig(run.folder / "scaling.png", dpi=110)
-    pyplot.close(figure)
 
 
 class VerifiedSamples:
@@ -1331,7 +1327,7 @@ def main(args: Args) -> dict:
     if args.template == "r1_zero":
         begins = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + R1_ZERO_TEMPLATE  # stays with the saved model
-    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    context = context_length(load_config(args.model, args.trust_remote_code))
     longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
     if longest < 1:
         sys.exit(f"--max-completion-tokens {args.max_completion_tokens} fills the model's whole context of {context}.")
@@ -1515,7 +1511,7 @@ def report_evaluation(run: Run, questions: int) -> dict:
                 "extend_thinking": args.extend_thinking, "seed": args.seed}  # fmt: skip
     draw_scaling(run)
     if run.is_main:
-        (run.folder / "evaluation.json").write_text(json.dumps({**settings, **metrics}, indent=2) + "\n")
+        write_whole(run.folder / "evaluation.json", json.dumps({**settings, **metrics}, indent=2) + "\n")
         print(f"  {questions} questions, {args.eval_samples} samples each, temperature {args.temperature}, "
               f"{args.max_completion_tokens} tokens at most")  # fmt: skip
         print(f"  pass@1 {metrics['eval/accuracy']:.3f}, 95 % interval {metrics['eval/accuracy_low']:.3f} to "
@@ -1674,6 +1670,11 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
     return config
 
 
+def context_length(config) -> int:
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def load_model(args, device, from_scratch: bool = False):
     """The model that `args` names in float32, its attention decided by each batch's layout."""
     transformers_logging.disable_progress_bar()
@@ -1687,11 +1688,15 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
-    if model._supports_attention_backend:
-        model.set_attn_implementation("layout")
+    use_layout(model.to(device).eval())
+    if not has_known_logits(model):
+        sys.exit(
+            f"--model {args.model}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
+            "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model."
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device).train(args.gradient_checkpointing)
+    return model.train(args.gradient_checkpointing)
 
 
 def shard(model, world: int, bfloat16: bool):
@@ -1804,7 +1809,7 @@ class Run:
         if (self.folder / "args.json").exists() and not args.resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
@@ -1869,6 +1874,13 @@ def require_finite(run: Run, step: int, loss: float, device) -> float:
     return loss
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and put it there, so that a kill never leaves half of it."""
+    part = path.with_name(f".writing-{path.name}")
+    part.write_text(text)
+    part.replace(path)
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1876,21 +1888,19 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 def draw_curves(folder: Path, shown: dict[str, str]) -> None:
     """curves.png: one panel for each metric that the terminal shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot, and a layout found by drawing twice, would cost three times as much
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    width = 3.6 * len(shown)
+    figure = Figure(figsize=(width, 2.8))
+    axes = figure.subplots(1, len(shown), squeeze=False)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.15 / width, bottom=0.17, top=0.89, wspace=0.25)
     for axis, (name, title) in zip(axes[0], shown.items()):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 def fingerprint(model) -> str:
@@ -1937,7 +1947,8 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    if about["step"] >= steps:
+    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
+    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
@@ -1954,9 +1965,7 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
 def drop_rows_after(path: Path, step: int) -> None:
     """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
     whole = path.read_text().split("\n")[:-1]
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
@@ -1969,9 +1978,23 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
         weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
-        model.save_pretrained(run.folder / "model", state_dict=weights)
-        tokenizer.save_pretrained(run.folder / "model")
+        part = run.folder / ".writing-model"
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
+        part.rename(run.folder / "model")
+
+
+def tell_of_a_full_disk(error: Exception) -> None:
+    """End with a sentence if that is what the error is about."""
+    if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
+        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, SafetensorError) as error:
+        tell_of_a_full_disk(error)
+        raise

@@ -52,6 +52,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -61,7 +62,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.generation import Sampler
-from common.kl import local_token_logprobs, token_logprobs
+from common.kl import has_known_logits, local_token_logprobs, token_logprobs, use_layout
 from common.tokenizer import (
     Segment,
     as_messages,
@@ -382,7 +383,7 @@ def main(args: Args) -> dict:
         held_out_source = f"rows held out of {args.dataset[0]}"
         sources[0], held_out = hold_out(sources[0], args.eval_rows, args.seed)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    context = load_config(args.model, args.trust_remote_code).get_text_config().max_position_embeddings
+    context = context_length(load_config(args.model, args.trust_remote_code))
     if len(sources) > 1:
         sources = [rows[: args.mixture_rows] for rows in sources]
     rendered = [render_rows(tokenizer, rows, name, args, context) for name, rows in zip(args.dataset, sources)]
@@ -614,6 +615,11 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
     return config
 
 
+def context_length(config) -> int:
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def load_model(args, device, from_scratch: bool = False):
     """The model that `args` names in float32, its attention decided by each batch's layout."""
     transformers_logging.disable_progress_bar()
@@ -627,11 +633,15 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
-    if model._supports_attention_backend:
-        model.set_attn_implementation("layout")
+    use_layout(model.to(device).eval())
+    if not has_known_logits(model):
+        sys.exit(
+            f"--model {args.model}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
+            "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model."
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device).train(args.gradient_checkpointing)
+    return model.train(args.gradient_checkpointing)
 
 
 def shard(model, world: int, bfloat16: bool):
@@ -744,7 +754,7 @@ class Run:
         if (self.folder / "args.json").exists() and not args.resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "args.json").write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+        write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
             link = self.folder.parent / "latest"
             link.unlink(missing_ok=True)
@@ -809,6 +819,13 @@ def require_finite(run: Run, step: int, loss: float, device) -> float:
     return loss
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and put it there, so that a kill never leaves half of it."""
+    part = path.with_name(f".writing-{path.name}")
+    part.write_text(text)
+    part.replace(path)
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -816,21 +833,19 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 def draw_curves(folder: Path, shown: dict[str, str]) -> None:
     """curves.png: one panel for each metric that the terminal shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot, and a layout found by drawing twice, would cost three times as much
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 2.8), squeeze=False)
+    width = 3.6 * len(shown)
+    figure = Figure(figsize=(width, 2.8))
+    axes = figure.subplots(1, len(shown), squeeze=False)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.15 / width, bottom=0.17, top=0.89, wspace=0.25)
     for axis, (name, title) in zip(axes[0], shown.items()):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 15 else None, ms=3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 def fingerprint(model) -> str:
@@ -877,7 +892,8 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    if about["step"] >= steps:
+    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
+    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
@@ -894,9 +910,7 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
 def drop_rows_after(path: Path, step: int) -> None:
     """Take out of a JSONL file what was logged after `step`, and a last line that a kill has torn."""
     whole = path.read_text().split("\n")[:-1]
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> None:
@@ -909,9 +923,23 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
         weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
-        model.save_pretrained(run.folder / "model", state_dict=weights)
-        tokenizer.save_pretrained(run.folder / "model")
+        part = run.folder / ".writing-model"
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
+        part.rename(run.folder / "model")
+
+
+def tell_of_a_full_disk(error: Exception) -> None:
+    """End with a sentence if that is what the error is about."""
+    if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
+        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, SafetensorError) as error:
+        tell_of_a_full_disk(error)
+        raise

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from common.kl import head_logits, layout_arguments, supports_layout
+from common.kl import head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
 from common.tokenizer import pad
 
 
@@ -98,7 +98,7 @@ class Sampler:
             for target, source in zip(self.model.parameters(), self.source.parameters()):
                 target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
         head = self.model.get_output_embeddings()
-        self.head_bias = head.bias
+        self.head_bias, self.logit_shape = head.bias, logit_shape(self.model)
         # A CPU multiplies in float32, where bfloat16 factors are exact; CUDA graphs hold the module's own memory.
         self.head_weight = head.weight.float() if self.device.type == "cpu" else head.weight
 
@@ -227,8 +227,7 @@ class _Slots:
         self.sampler, self.device = sampler, sampler.device
         self.total, self.longest_text, self.columns = total, longest, columns
         config = sampler.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, dim = heads_and_dim(config)
         # A window shows each sample another part of the prompt, a CUDA graph wants one shape for all, and the calls
         # that merge two parts cost more than reading a short prompt once for each sample.
         prompts_bytes = 2 * total * (longest - columns) * heads * dim * sampler.dtype.itemsize
@@ -455,7 +454,8 @@ class _Slots:
         return model(input_ids=ids, position_ids=positions, **layout_arguments(self, self.device)).last_hidden_state
 
     def _draw(self, hidden: torch.Tensor, rows: slice) -> None:
-        logits = head_logits(hidden, self.sampler.head_weight, self.sampler.head_bias, self.sampler.dtype)
+        sampler = self.sampler
+        logits = head_logits(hidden, sampler.head_weight, sampler.head_bias, sampler.dtype, sampler.logit_shape)
         sequence, count, done = self.sequence[rows], self.count[rows], self.done[rows]
         if self.temperature == 0:
             token = logits.argmax(-1)

@@ -17,6 +17,8 @@ Per token in the loss, all of them leave out what a token does to the divergence
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,14 +50,67 @@ ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 
 
-def supports_layout(model) -> bool:
-    """Whether every layer of `model` is plain attention that `layout_attention` can serve: no state-space or
-    linear layers, no soft-capped or sink attention. `load_model` of each script sets the implementation."""
-    config = model.config.get_text_config()
+class _Probe:
+    """A layout that notes the keys and values which each layer brings, and attends as a short causal text does."""
+
+    def __init__(self):
+        self.shapes: list[tuple] = []  # (layer, shape of its keys, shape of its values)
+
+    def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
+        self.shapes.append((layer, tuple(key.shape), tuple(value.shape)))
+        is_grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+        return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def use_layout(model) -> None:
+    """Let each batch's layout decide the attention of `model`, if every layer of it is plain attention.
+
+    That is tried, not looked up: in a text of four tokens each layer must ask once for attention, with keys and values
+    of the one shape that the sampler has slots for, and the hidden states must be those of transformers' own attention.
+    Others (state-space layers, soft-capped scores, sinks, compressed or shared keys) keep their implementation.
+    """
+    config, own = model.config.get_text_config(), model.config._attn_implementation
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    special = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
-    is_plain = kinds <= {"full_attention", "sliding_attention"} and not special and not model._is_stateful
-    return is_plain and model.config._attn_implementation == "layout"
+    can_be = model._supports_sdpa and model._supports_attention_backend and not model._is_stateful
+    if not can_be or not kinds <= {"full_attention", "sliding_attention"}:  # chunks show in longer texts only
+        return
+    ids, probe = short_text(model), _Probe()
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.set_attn_implementation("layout")
+    layout = layout_arguments(probe, ids.device) | {"position_ids": torch.arange(4, device=ids.device)[None]}
+    try:
+        found = model.base_model(input_ids=ids, **layout).last_hidden_state
+    except (TypeError, ValueError, RuntimeError):  # a forward that knows no such arguments, or other shapes
+        found = torch.full_like(expected, torch.inf)
+    heads, dim = heads_and_dim(config)
+    shape = (1, heads, ids.shape[1], dim)
+    is_plain = probe.shapes == [(layer, shape, shape) for layer in range(config.num_hidden_layers)]
+    if not is_plain or differ(found, expected):
+        model.set_attn_implementation(own)
+
+
+def short_text(model) -> torch.Tensor:
+    """Four token ids [1, 4] on the model's device."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.arange(4, device=next(model.parameters()).device)[None] % vocabulary
+
+
+def differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results are further apart than rounding explains; False for NaN, which a loss will show."""
+    return bool((found - expected).abs().max() > 0.02 * expected.abs().max())
+
+
+def heads_and_dim(config) -> tuple[int, int]:
+    """How many key and value heads a layer has, and the size of each."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def supports_layout(model) -> bool:
+    """Whether `use_layout` has found that it can."""
+    return model.config._attn_implementation == "layout"
 
 
 def layout_arguments(layout, device) -> dict:
@@ -109,7 +164,7 @@ def token_logprobs(
 def local_token_logprobs(model, batch: Packed, temperature: float, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs` of a model whose weights this process holds, or has gathered."""
     hidden = hidden_states(model, batch, packing)[batch.sources]
-    return head_logprobs(model.get_output_embeddings(), hidden, batch.targets, temperature)
+    return head_logprobs(model.get_output_embeddings(), hidden, batch.targets, temperature, logit_shape(model))
 
 
 def hidden_states(model, batch: Packed, packing: bool = True) -> torch.Tensor:
@@ -125,7 +180,38 @@ def hidden_states(model, batch: Packed, packing: bool = True) -> torch.Tensor:
     return torch.cat([out.flatten(0, 1) for out in outputs])[batch.unpack]
 
 
-def head_logprobs(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
+class LogitShape(NamedTuple):
+    """What a model does with its head's products x: logits = scale·x, or cap·tanh(scale·x/cap) where there is a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+PLAIN = LogitShape()
+
+
+def logit_shape(model) -> LogitShape:
+    """The form of a model's logits: Cohere's are multiplied by a number, Granite's divided by one, Gemma's capped."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = scale / divisor
+    return LogitShape(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def has_known_logits(model) -> bool:
+    """Whether the model's own logits are those which `head_logits` gives, tried on one short text."""
+    ids, head = short_text(model), model.get_output_embeddings()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = head_logits(hidden, head.weight, head.bias, hidden.dtype, logit_shape(model))
+    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    return ours.shape == theirs.shape and not differ(ours, theirs)
+
+
+def head_logprobs(
+    head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, shape: LogitShape = PLAIN
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the language-model head to `hidden` [S, d] chunk by chunk and score `targets` [S].
 
     Returns: log-probabilities [S] with gradient and entropies [S] without, float32. Under autocast the factors of
@@ -133,7 +219,7 @@ def head_logprobs(head, hidden: torch.Tensor, targets: torch.Tensor, temperature
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _HeadLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, dtype)
+    return _HeadLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, shape, dtype)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -141,10 +227,10 @@ class _HeadLogprobs(torch.autograd.Function):
     again instead of keeping them, adding each chunk's share of the head's gradient in place."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
+    def forward(ctx, hidden, weight, bias, targets, temperature, shape, dtype):
         logprobs, entropy, logsumexp = hidden.new_empty(3, len(targets), dtype=torch.float32).unbind()
         for rows in _chunks(hidden, weight):
-            logits = head_logits(hidden[rows], weight, bias, dtype).div_(temperature)  # [c, V]
+            logits = head_logits(hidden[rows], weight, bias, dtype, shape).div_(temperature)  # [c, V]
             highest = logits.amax(-1)
             weights = (logits - highest[:, None]).exp_()
             total = weights.sum(-1)
@@ -152,21 +238,25 @@ class _HeadLogprobs(torch.autograd.Function):
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logsumexp[rows]
             entropy[rows] = logsumexp[rows] - torch.linalg.vecdot(weights, logits) / total  # H = logsumexp(z) − Σ p·z
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature, ctx.shape, ctx.dtype = temperature, shape, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        grad = grad / ctx.temperature
+        grad = grad * (ctx.shape.scale / ctx.temperature)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for rows in _chunks(hidden, weight):
-            logits = head_logits(hidden[rows], weight, bias, ctx.dtype).div_(ctx.temperature)
+            logits = head_logits(hidden[rows], weight, bias, ctx.dtype, ctx.shape)
+            slope = None if ctx.shape.cap is None else 1 - (logits / ctx.shape.cap).square()  # of the tanh
+            logits.div_(ctx.temperature)
             grad_logits = logits.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])  # (1[target] − p)·grad
             grad_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
+            if slope is not None:
+                grad_logits.mul_(slope)
             grad_hidden[rows] = matrix_product(grad_logits, weight, ctx.dtype).to(hidden.dtype)
             if grad_weight is not None:
                 matrix_product(grad_logits.T, hidden[rows], ctx.dtype, onto=grad_weight)
@@ -174,7 +264,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
@@ -184,10 +274,16 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, shape: LogitShape
+) -> torch.Tensor:
     """Logits [n, V] in float32 of `hidden` [n, d], their products taken in `dtype`."""
     logits = matrix_product(hidden, weight.T, dtype)
-    return logits if bias is None else logits.add_(bias)
+    if bias is not None:
+        logits.add_(bias)
+    if shape.scale != 1:
+        logits.mul_(shape.scale)
+    return logits if shape.cap is None else logits.div_(shape.cap).tanh_().mul_(shape.cap)
 
 
 def matrix_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, onto: torch.Tensor | None = None):

@@ -65,13 +65,14 @@ def benchmark_sampler(args) -> None:
     from transformers import AutoModelForCausalLM
 
     from common.generation import Sampler
+    from common.kl import use_layout
     from common.tokenizer import load_tokenizer, pad, render_chat, stop_token_ids
 
     tokenizer = load_tokenizer(args.model)
     dtype = getattr(torch, args.dtype)
     ours = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
-    ours.set_attn_implementation("layout")
+    use_layout(ours)
     stops = stop_token_ids(tokenizer, ours)
     questions = [r["question"] for r in rows_for(args.data, 16)]
     if "tiny" in args.model:

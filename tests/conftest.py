@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, so each keeps to one core
@@ -43,19 +46,72 @@ def tokenizer():
 def model():
     from transformers import AutoModelForCausalLM
 
+    from common.kl import use_layout
+
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    model.set_attn_implementation("layout")
+    use_layout(model)
     return model
 
 
 # Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,
 # and forks a process for every run.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([
-    "torch", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.distributed.fsdp", "tyro",
-    "matplotlib.pyplot", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3",
-    "transformers.integrations.sdpa_attention",
-])  # fmt: skip
+SERVER.set_forkserver_preload(["preload"])
+
+
+def ensure_server() -> None:
+    """Start the server, unless it runs, where it finds preload.py (it does not take over this process's path)."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), before]))
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+class Moments:
+    """Counts what a run does, told apart by the part of the script that does it, and can kill it at any such moment.
+
+    Moments are files opened for writing, moved or removed in the output folder, forwards, and decoding steps. With
+    MOMENTS in the environment their counts are written to that file; with DIE_AT, `label#n` is the last one lived.
+    """
+
+    PARTS = {"save_checkpoint": "checkpoint", "save_model": "model", "save_reward_models": "model", "log": "log"}
+
+    def __init__(self, environment: dict):
+        from common import generation, kl
+
+        self.counts, self.report = Counter(), environment.get("MOMENTS")
+        self.last = environment.get("DIE_AT")
+        sys.addaudithook(self.audit)
+        kl.hidden_states = self.noting("forward", kl.hidden_states)
+        generation._Slots.decode = self.noting("token", generation._Slots.decode)
+
+    def noting(self, kind: str, function):
+        def wrapped(*args, **kwargs):
+            self.note(kind)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def audit(self, event: str, args: tuple) -> None:
+        is_written = event == "open" and isinstance(args[1], str) and args[1][0] in "wax"
+        if (is_written or event in ("os.rename", "os.mkdir", "os.remove")) and "run_to_kill" in str(args[0]):
+            self.note("file")
+
+    def note(self, kind: str) -> None:
+        frame, part = sys._getframe(), "training"
+        while frame := frame.f_back:
+            name = frame.f_code.co_name
+            part = "evaluation" if name.startswith("evaluate") else self.PARTS.get(name, part)
+        label = f"{part} {kind}"
+        self.counts[label] += 1
+        if f"{label}#{self.counts[label]}" == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish(self) -> None:
+        if self.report:
+            Path(self.report).write_text(json.dumps(self.counts))
 
 
 def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int | None, environment: dict) -> None:
@@ -69,6 +125,7 @@ def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.chdir(cwd)
     sys.argv, sys.path[:0] = [f"{script}.py", *arguments], [cwd]
+    moments = Moments(environment) if {"MOMENTS", "DIE_AT"} & environment.keys() else None
     code = 0
     try:
         runpy.run_path(f"{script}.py", run_name="__main__")
@@ -79,6 +136,8 @@ def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int
     except BaseException:
         traceback.print_exc()
         code = 1
+    if moments:
+        moments.finish()
     atexit._run_exitfuncs()  # temporary folders are removed by these
     os._exit(code)
 
@@ -88,6 +147,7 @@ class Started:
 
     def __init__(self, script: str, arguments: list[str], cwd: Path, limit: int | None, environment: dict):
         self.output = tempfile.NamedTemporaryFile("r")
+        ensure_server()
         target = (script, arguments, str(cwd), self.output.name, limit, environment)
         self.process = SERVER.Process(target=as_main, args=target)
         self.process.start()

@@ -183,24 +183,6 @@ def test_split_by_tokens():
     assert split_by_tokens([[0]] * 4, 6, [prompt, prompt, other, other]) == [[0, 1], [2, 3]]
 
 
-def test_sliding_windows_are_respected(tokenizer):
-    """A Mistral with a window of 4, packed, sampled and plain, against transformers' own attention."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=4, max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    model = MistralForCausalLM(config).eval()
-    document = torch.randint(60, (20,)).tolist()
-    expected = logprobs_alone(model, document)
-    model.set_attn_implementation("layout")
-    found, _ = token_logprobs(model, pack([Segment(document, [True] * 20)]))
-    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)
-    check_sampler(model, Sampler(model, [0]), [document[:7], document[3:5]], 12)
-
-
 # ---------------------------------------------------------------------------------------------- sampler
 
 
@@ -282,30 +264,6 @@ def test_an_agents_turns_go_on_from_kept_keys_and_values(model, tokenizer, shari
     assert not sampler.kept
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Mistral", "Olmo2", "GPT2"])
-def test_other_architectures_score_as_sampled(kind, sharing):
-    """Llama's family by the fused decoding step, others by their own modules; biases, untied heads, scaling."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if kind == "Llama":
-        rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-        sizes |= {"rope_parameters": rope, "attention_bias": True, "mlp_bias": True}
-    if kind == "GPT2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    else:
-        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}
-    config = getattr(transformers, f"{kind}Config")(vocab_size=60, initializer_range=0.3, **sizes)
-    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():  # biases start at zero, norms at one
-        if name.endswith("bias") or "norm" in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.set_attn_implementation("layout")
-    document = torch.randint(60, (20,)).tolist()
-    check_sampler(model, Sampler(model, [0]), [document[:7], document[3:5]], 12)
-
-
 def test_draw_has_the_right_distribution():
     torch.manual_seed(0)
     logits = torch.randn(12) * 2
@@ -332,18 +290,3 @@ def test_bfloat16_copy_follows_the_weights(model, tokenizer):
     assert sample() == before
     sampler.sync()
     assert sample() != before
-
-
-def test_models_without_plain_attention_fall_back_to_generate(capsys):
-    from transformers import MambaConfig, MambaForCausalLM
-
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.5)
-    model = MambaForCausalLM(config).eval()
-    sampler = Sampler(model, [0])
-    assert "model.generate instead" in capsys.readouterr().err
-    check_sampler(model, sampler, [[5, 6, 7], [8, 9]], 6)
-    completions = [[3, 4, 5], [6, 7]]
-    found, _ = token_logprobs(model, pack_completions([[5, 6, 7]] * 2, completions))
-    expected = torch.cat([logprobs_alone(model, [5, 6, 7] + c)[2:] for c in completions])
-    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)

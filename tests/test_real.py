@@ -126,12 +126,12 @@ def test_samples_score_as_sampled():
     from transformers import AutoModelForCausalLM
 
     from common.generation import Sampler
-    from common.kl import token_logprobs
+    from common.kl import token_logprobs, use_layout
     from common.tokenizer import load_tokenizer, pack_completions, render_chat, stop_token_ids
 
     tokenizer = load_tokenizer(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    model.set_attn_implementation("layout")
+    use_layout(model)
     texts = ("Say <|im_end|> twice.", "What is 7 + 5?", "Name a river.")
     chats = [[{"role": "user", "content": text}] for text in texts]
     prompts = [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]

@@ -25,19 +25,22 @@ SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
 PAIRS = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-dataset", TINY / "preferences_test.jsonl"]
 STEPS = ["--dataset", first_rows("steps_train.jsonl", 240), "--eval-dataset", TINY / "steps_test.jsonl"]
 BRIEF = ["--steps", 6, "--eval-every", 0, "--eval-rows", 8]
+FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
+       for name in ("demonstrations", "maths", "tools")}  # fmt: skip
 NEEDED = {"ppo": ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy"]}  # no default can be met here
 # For data whose groups do not differ, so that no batch could be filled, and no advantage would need a forward.
 EASY = {"dapo": ["--no-dynamic-sampling"], "rlvr_math": ["--beta", 0.1]}
 SHORT = {
-    "sft": [*BRIEF, "--batch-size", 8, "--steps", 12],
-    "grpo": [*BRIEF, "--batch-size", 4, "--num-samples", 4],
-    "dapo": [*BRIEF, "--batch-size", 4, "--num-samples", 4, "--minibatches", 2, "--generation-batch-size", 6],
-    "rlvr_math": [*BRIEF, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 2],
+    "sft": [*BRIEF, *FEW["demonstrations"], "--batch-size", 8, "--steps", 12],
+    "grpo": [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4],
+    "dapo": [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--minibatches", 2,
+             "--generation-batch-size", 6],
+    "rlvr_math": [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--eval-samples", 2],
     "dpo": [*BRIEF, *PAIRS, "--eval-samples", 1, "--batch-size", 8],
     "reward_model": [*BRIEF, *PAIRS, "--batch-size", 8],
-    "ppo": [*BRIEF, *NEEDED["ppo"], "--batch-size", 4, "--update-epochs", 2, "--eval-samples", 1],
-    "agentic": [*BRIEF, "--steps", 4, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1],
-}
+    "ppo": [*BRIEF, *FEW["maths"], *NEEDED["ppo"], "--batch-size", 4, "--update-epochs", 2, "--eval-samples", 1],
+    "agentic": [*BRIEF, *FEW["tools"], "--steps", 4, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1],
+}  # fmt: skip
 # The same, and the settings of a script that take another path through its loop.
 CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
     "dapo_other": (
@@ -280,12 +283,15 @@ def test_dpo_detail_4_dapo_detail_7_ppo_detail_13_agentic_detail_6_any_split_is_
             for name in a:
                 if name != "preference/accuracy":  # before the first update all pairs are tied, but for rounding
                     assert a[name] == pytest.approx(b[name], rel=1e-3, abs=5e-6), name
-    # A checkpoint of two processes goes on in one.
-    run(script, "--resume", tmp_path / "two", "--steps", 3)
-    assert metrics(tmp_path / "two")[-1]["step"] == 3
+    if case in SHORT:  # a checkpoint of two processes goes on in one, and one of one in two
+        run(script, "--resume", tmp_path / "two", "--steps", 3)
+        run(script, "--resume", tmp_path / "one", "--steps", 3, processes=2)
+        assert metrics(tmp_path / "two")[-1]["step"] == metrics(tmp_path / "one")[-1]["step"] == 3
+        same(weights(tmp_path / "one"), weights(tmp_path / "two"), 4e-6)
 
 
-def check_resume(case, tmp_path):
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SHORT])  # those are in test_faults.py
+def test_resume_after_kill_9_is_exact_with_other_settings(case, tmp_path):
     script, flags = CASES[case]
     run(script, *flags, "--output-dir", tmp_path / "whole")
     process = start(script, *flags, "--save-every", 2, "--output-dir", tmp_path / "killed")
@@ -300,40 +306,6 @@ def check_resume(case, tmp_path):
     if (tmp_path / "whole" / "verified.jsonl").exists():
         whole, killed = ((tmp_path / name / "verified.jsonl").read_text() for name in ("whole", "killed"))
         assert whole == killed and whole
-
-
-OFFLINE = [case for case, (script, _) in CASES.items() if script in ("sft", "reward_model", "dpo")]
-
-
-@pytest.mark.parametrize("case", OFFLINE)
-def test_sft_detail_7_dpo_detail_10_reward_model_detail_12_resume_after_kill_9_is_exact(case, tmp_path):
-    check_resume(case, tmp_path)
-
-
-AGENTS = [case for case in CASES if case.startswith("agentic")]
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case not in OFFLINE + AGENTS])
-def test_ppo_detail_10_grpo_detail_10_dapo_detail_10_rlvr_math_detail_10_resume_is_exact(case, tmp_path):
-    check_resume(case, tmp_path)
-
-
-@pytest.mark.parametrize("case", AGENTS)
-def test_agentic_detail_10_resume_is_exact(case, tmp_path):
-    check_resume(case, tmp_path)
-
-
-@pytest.mark.parametrize("script", SHORT)
-def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, tmp_path):
-    run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path)
-    longer = ["--resume", tmp_path, "--steps", 2]
-    told = fails(script, *longer, limit=5_000_000)
-    assert "checkpoint of step 2 could not be written" in told and "step-000001" in told.splitlines()[-1]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "torn')  # as a kill in the middle of a write leaves it
-    run(script, *longer)
-    assert [r["step"] for r in metrics(tmp_path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT), ("dpo", signal.SIGTERM),

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config  # noqa: E402
 
 from common.generation import Sampler  # noqa: E402
+from common.kl import use_layout  # noqa: E402
 from common.tokenizer import load_tokenizer, render_chat, stop_token_ids  # noqa: E402
 
 SEED = 2024
@@ -312,7 +313,7 @@ def measure() -> dict[str, float]:
     """The base's properties on the held-out maths questions, eight samples each at temperature 1."""
     tokenizer = load_tokenizer(str(FOLDER))
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    model.set_attn_implementation("layout")
+    use_layout(model)
     sampler = Sampler(model, stop_token_ids(tokenizer, model))
     rows = [json.loads(line) for line in (FOLDER / "maths_test.jsonl").read_text().splitlines()]
     prompts = [render_chat(tokenizer, row["prompt"], generation_prompt=True).ids for row in rows]

@@ -1,0 +1,111 @@
+"""The whole road from the embedded base to an agent, each stage on the model of the one before: `python tests/road.py`.
+
+Prints a table of what each model is worth: gold accuracy on the held-out questions, sampled and greedy, how often it
+thinks and how often it is polite, how long its completions are, and what it is worth as an agent with tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class Stage(NamedTuple):
+    """A script, the stage whose model it starts from, and its flags, in which {name} is the model of a stage."""
+
+    script: str
+    start: str
+    flags: str = ""
+
+
+# SFT is short: its model has the format and some of the habit, and leaves the later stages something to show.
+ROAD = {
+    "sft": Stage("sft", "base", "--steps 30"),
+    "reward_model": Stage("reward_model", "sft"),
+    "ppo": Stage("ppo", "sft", "--reward-model {reward_model}"),
+    "dpo": Stage("dpo", "sft"),
+    "grpo": Stage("grpo", "sft"),
+    "dapo": Stage("dapo", "grpo"),
+    "rlvr_math": Stage("rlvr_math", "dapo"),
+    "agentic": Stage("agentic", "rlvr_math"),
+}
+
+
+def measure(folder: str, seed: int) -> dict[str, float]:
+    """Shares over 4 samples at temperature 1 of each of the 192 held-out questions, and of the 60 tasks with tools."""
+    import torch
+
+    import agentic
+    import grpo
+    from common.generation import Sampler
+    from common.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
+
+    args = agentic.Args(model=folder, seed=seed, eval_samples=4)
+    model, tokenizer = agentic.load_model(args, torch.device("cpu")), load_tokenizer(folder)
+    sampler = Sampler(model, stop_token_ids(tokenizer, model))
+    rows = [json.loads(line) for line in (grpo.TINY / "maths_test.jsonl").read_text().splitlines()]
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+
+    def written(count: int, temperature: float) -> list[tuple[dict, str, int]]:
+        groups = sampler.generate(prompts, 64, count, temperature, seed)
+        return [(row, tokenizer.decode(c.ids), len(c.ids)) for row, group in zip(rows, groups) for c in group]
+
+    sampled, greedy = written(4, 1.0), written(1, 0.0)
+    dialogue, tools = agentic.Dialogue(tokenizer, args.max_observation_tokens), agentic.build_tools(args)
+    source = agentic.TINY / "tools_test.jsonl"
+    tasks = [json.loads(line) for line in source.read_text().splitlines()]
+    tasks = agentic.encode_tasks(dialogue, tasks, str(source), agentic.ToolQuestions, tools, args, longest=256)
+    player = agentic.Player(sampler, dialogue, agentic.ToolQuestions, tools, args)
+    return {
+        "sampled accuracy": sum(grpo.is_correct(text, row["answer"]) for row, text, _ in sampled) / len(sampled),
+        "greedy accuracy": sum(grpo.is_correct(text, row["answer"]) for row, text, _ in greedy) / len(greedy),
+        "thinks": sum("</think>" in text for _, text, _ in sampled) / len(sampled),
+        "polite": sum("Gladly!" in text.rpartition("</think>")[2] for _, text, _ in sampled) / len(sampled),
+        "length": sum(length for *_, length in sampled) / len(sampled),
+        "tasks with tools": agentic.evaluate_agent(player, tasks, args, 0, 1)[0]["eval/accuracy"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output-dir", type=Path, help="keep the folders of the runs here; default: a temporary one")
+    parser.add_argument("--only", nargs="+", choices=ROAD, default=list(ROAD))
+    args = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.output_dir or Path(scratch)
+        models = {name: str(folder / name / "model") for name in ROAD} | {"base": str(ROOT / "common" / "tiny")}
+        for name in ["base", *args.only]:
+            if name != "base":
+                stage = ROAD[name]
+                command = [sys.executable, f"{stage.script}.py", "--model", models[stage.start]]
+                command += [*stage.flags.format(**models).split(), "--seed", str(args.seed)]
+                command += ["--output-dir", str(folder / name), "--overwrite"]
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+            if name == "reward_model":
+                continue  # it answers nothing
+            found = measure(models[name], args.seed)
+            if name == "base":
+                print("| after | " + " | ".join(found) + " |\n|---" + "|---" * len(found) + "|")
+            cells = [f"{value:.1f}" if key == "length" else f"{value:.2f}" for key, value in found.items()]
+            title = name if name == "base" else f"{name}.py, from {ROAD[name].start}"
+            print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Any ordinary model: tiny random ones of many architectures through sft, grpo and dpo, and through the sampler."""
+
+import pytest
+import torch
+import transformers
+from conftest import TINY, first_rows, metrics, run, weights
+from test_common import check_sampler, logprobs_alone
+
+from common import generation
+from common.generation import Sampler
+from common.kl import has_known_logits, supports_layout, token_logprobs, use_layout
+from common.tokenizer import Segment, load_tokenizer, pack, pack_completions
+
+VOCABULARY = len(load_tokenizer(str(TINY)))
+SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 0}
+COMMON = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+# Biases, untied heads, scaled positions, windows shorter than a prompt, partial rotation, experts, shaped logits.
+ARCHITECTURES = {
+    "Llama": {**COMMON, "rope_parameters": ROPE, "attention_bias": True, "mlp_bias": True},
+    "Qwen2": {**COMMON, "tie_word_embeddings": True},
+    "Qwen3": {**COMMON, "head_dim": 16},
+    "Gemma3": {**COMMON, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8,
+               "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3": {**COMMON, "sliding_window": None, "partial_rotary_factor": 0.5},
+    "Mistral": {**COMMON, "sliding_window": 4},
+    "Olmo2": COMMON,
+    "GPT2": {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "Qwen3Moe": {**COMMON, **EXPERTS},
+    "Granite": {**COMMON, "logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "Cohere": {**COMMON, "logit_scale": 0.25},
+}  # fmt: skip
+FALLS_BACK = {
+    "Gemma2": {**COMMON, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0},
+    "GptOss": {**COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "Bamba": {**COMMON, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "DeepseekV3": {**COMMON, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+                   "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2},
+    "Mamba": {**SIZES, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+}
+SHORT = {
+    "sft": ["--batch-size", 8, "--dataset", first_rows("demonstrations_train.jsonl", 60)],
+    "grpo": ["--batch-size", 2, "--num-samples", 8, "--eval-samples", 1, "--length-weight", 1,
+             "--dataset", first_rows("maths_train.jsonl", 60)],
+    "dpo": ["--batch-size", 4, "--eval-samples", 1, "--dataset", first_rows("preferences_train.jsonl", 60)],
+}  # fmt: skip
+
+
+def build(kind: str):
+    """A random model of that architecture, its norms and biases moved off their starting values, in which they hide."""
+    torch.manual_seed(0)
+    name = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}.get(kind, f"{kind}ForCausalLM")
+    config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    model = getattr(transformers, name)(config(**{**ARCHITECTURES, **FALLS_BACK}[kind])).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=["prompts shared", "prompts copied"])
+def sharing(request, monkeypatch):
+    """Run a test with prompts read once for all samples, and with prompts copied behind each of them."""
+    monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_samples_and_packed_rows_score_as_transformers_scores_them(kind, sharing):
+    model = build(kind)
+    document = torch.randint(VOCABULARY, (20,)).tolist()
+    expected = logprobs_alone(model, document)  # by transformers' own attention and head
+    assert has_known_logits(model)
+    use_layout(model)
+    assert supports_layout(model)
+    found, _ = token_logprobs(model, pack([Segment(document[:9], [True] * 9), Segment(document, [True] * 20)]))
+    torch.testing.assert_close(found.detach()[-19:], expected, atol=1e-5, rtol=1e-4)
+    check_sampler(model, Sampler(model, [0]), [document[:7], document[3:5]], 12)
+
+
+@pytest.mark.parametrize("kind", FALLS_BACK)
+def test_models_without_plain_attention_fall_back_to_generate(kind, capsys):
+    model = build(kind)
+    use_layout(model)
+    sampler = Sampler(model, [0])
+    assert "model.generate instead" in capsys.readouterr().err
+    check_sampler(model, sampler, [[5, 6, 7], [8, 9]], 6)
+    completions = [[3, 4, 5], [6, 7]]
+    found, _ = token_logprobs(model, pack_completions([[5, 6, 7]] * 2, completions))
+    expected = torch.cat([logprobs_alone(model, [5, 6, 7] + c)[2:] for c in completions])
+    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *FALLS_BACK])
+@pytest.mark.parametrize("script", SHORT)
+def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
+    build(kind).save_pretrained(tmp_path / "start" / "model")
+    tokenizer.save_pretrained(tmp_path / "start" / "model")
+    flags = [*SHORT[script], "--model", tmp_path / "start" / "model", "--steps", 2, "--warmup-steps", 1]
+    flags += ["--eval-every", 0, "--eval-rows", 4, "--max-completion-tokens", 24]
+    told = run(script, *flags, "--output-dir", tmp_path / "run")
+    assert ("model.generate instead" in told) == (kind in FALLS_BACK)
+    first, last = metrics(tmp_path / "run")[1:]
+    assert first["optim/grad_norm"] > 0 and last["step"] == 2
+    if script == "grpo":
+        assert first["policy/sampler_gap"] < 1e-5
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "run")
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
