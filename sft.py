@@ -787,6 +787,7 @@ class Run:
             self.bar.write(f"        reward {sample['reward']:.2f}  {sample['prompt'][-60:]!r} → {text[:160]}")
         if is_evaluation:
             self.writer.flush()
+        if is_evaluation and step:  # one point makes no curve
             draw_curves(self.folder, self.shown)
 
     def finish(self, next_command: str, stopped: int = 0) -> dict:

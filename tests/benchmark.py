@@ -8,6 +8,8 @@ TRL dropped its PPOTrainer after 1.12, so for `--only ppo` put that release befo
 
     pip install --no-deps --target trl-1.12 trl==1.12.0
     PYTHONPATH=trl-1.12 python tests/benchmark.py --only ppo
+
+`--only growth` measures how our own cost grows, one dimension at a time; profile_steps.py what a step is spent on.
 """
 
 from __future__ import annotations
@@ -108,10 +110,16 @@ def report(what: str, medians: dict[str, float], higher: bool) -> None:
 # ---------------------------------------------------------------------------------------------- trainers
 
 
-def run_ours(script: str, flags: list, folder: str) -> dict:
+def run_ours(script: str, flags: list, folder: str, processes: int = 1, threads: int | None = None) -> dict:
+    """Medians over the steps of one run but its first, in as many processes."""
     flags = [*map(str, flags), "--output-dir", folder, "--eval-every", "0", "--eval-rows", "1"]
     flags += [] if script == "reward_model" else ["--eval-samples", "1"]
-    subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], check=True, capture_output=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     everything = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     rows = everything[2:]
     return {
@@ -178,12 +186,17 @@ def trl(kind: str, args) -> None:
     elif kind == "ppo":
         trainer = trl_ppo(args, rows, tokenizer, common, Clock())
     else:
-        from trl import GRPOConfig, GRPOTrainer
+        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
         data = Dataset.from_list([{"prompt": [{"role": "user", "content": r["question"]}]} for r in rows])
         common["per_device_train_batch_size"] = 32
-        config = GRPOConfig(**common, num_generations=8, max_completion_length=args.tokens)
-        trainer = GRPOTrainer(
+        sampling = {"num_generations": 8, "max_completion_length": args.tokens}
+        config, trainer = {
+            "grpo": (GRPOConfig(**common, **sampling), GRPOTrainer),
+            "dapo": (GRPOConfig(**common, **sampling, loss_type="dapo", epsilon_high=0.28), GRPOTrainer),
+            "rloo": (RLOOConfig(**common, **sampling, beta=0.05), RLOOTrainer),
+        }[kind]
+        trainer = trainer(
             args.model, args=config, train_dataset=data, callbacks=[Clock()],
             reward_funcs=lambda completions, **k: [float(len(c[0]["content"]) % 7) for c in completions],
         )  # fmt: skip
@@ -215,22 +228,36 @@ def trl_ppo(args, rows: list[dict], tokenizer, common: dict, clock):
                       callbacks=[clock])  # fmt: skip
 
 
+def compare(script: str, flags: list, kind: str, peer: str, args, data, what: str = "seconds per step") -> None:
+    """One of our scripts against one of TRL's trainers: time or throughput, and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = run_ours(script, flags, folder + "/run"), run_theirs(kind, args, str(data))
+    key, higher = ("tokens", True) if what == "tokens/s" else ("step", False)
+    report(f"{script}, {what}", {f"{script}.py": ours[key], peer: theirs[key]}, higher=higher)
+    report(f"{script}, peak memory in GB", {f"{script}.py": ours["memory"], peer: theirs["memory"]}, higher=False)
+
+
+def shared_flags(args, data: Path) -> list:
+    flags = ["--model", args.model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
+    return [*flags, "--steps", args.steps, "--learning-rate", "1e-5"]
+
+
 def benchmark_trainers(args) -> None:
+    """8 demonstrations a step; 4 prompts with 8 samples each, whose rewards differ, for the rest."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.data, 8 * args.steps)))
-        shared = ["--model", args.model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
-        shared += ["--steps", args.steps, "--learning-rate", "1e-5"]
+        shared = shared_flags(args, data)
         flags = [*shared, "--batch-size", 8, "--max-prompt-tokens", 256, "--max-completion-tokens", 256]
-        ours = run_ours("sft", [*flags, "--microbatch-tokens", 512], f"{folder}/sft")
-        theirs = run_theirs("sft", args, str(data))
-        report("sft, tokens/s", {"sft.py": ours["tokens"], "SFTTrainer": theirs["tokens"]}, higher=True)
-        report("sft, peak memory in GB", {"sft.py": ours["memory"], "SFTTrainer": theirs["memory"]}, higher=False)
-        flags = [*shared, "--batch-size", 4, "--num-samples", 8, "--beta", 0, "--max-completion-tokens", args.tokens]
-        ours = run_ours("grpo", [*flags, "--microbatch-tokens", 1024, "--length-weight", 1], f"{folder}/grpo")
-        theirs = run_theirs("grpo", args, str(data))
-        report("grpo, seconds per step", {"grpo.py": ours["step"], "GRPOTrainer": theirs["step"]}, higher=False)
-        report("grpo, peak memory in GB", {"grpo.py": ours["memory"], "GRPOTrainer": theirs["memory"]}, higher=False)
+        compare("sft", [*flags, "--microbatch-tokens", 512], "sft", "SFTTrainer", args, data, "tokens/s")
+        shared += ["--batch-size", 4, "--num-samples", 8, "--max-completion-tokens", args.tokens]
+        shared += ["--microbatch-tokens", 1024]
+        compare("grpo", [*shared, "--beta", 0, "--length-weight", 1], "grpo", "GRPOTrainer", args, data)
+        # One update a rollout and no dynamic sampling, which TRL lacks; the punishment makes rewards differ.
+        dapo = ["--no-dynamic-sampling", "--minibatches", 1, "--overlong-cache", args.tokens - 1]
+        compare("dapo", [*shared, *dapo], "dapo", "GRPOTrainer", args, data)
+        rloo = ["--algorithm", "rloo", "--beta", 0.05]
+        compare("rlvr_math", [*shared, *rloo], "rloo", "RLOOTrainer", args, data)
 
 
 def benchmark_preferences(args) -> None:
@@ -270,11 +297,73 @@ def benchmark_ppo(args) -> None:
         report("ppo, peak memory in GB", {"ppo.py": ours["memory"], "PPOTrainer": theirs["memory"]}, higher=False)
 
 
+# ---------------------------------------------------------------------------------------------- growth
+
+
+def text_rows(count: int, words: int) -> list[dict]:
+    """Rows of the same length, for what must not depend on how lengths vary."""
+    text = {"completion": "ten " * words, "answer": "1"}
+    return [{"prompt": f"{i} {'go on ' * (words // 2)}", **text} for i in range(count)]
+
+
+def resized(model: str, vocabulary: int, folder: str) -> str:
+    """A model of the same shape with another vocabulary and random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model, vocab_size=vocabulary)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def benchmark_growth(args) -> None:
+    """Seconds per step and peak memory of sft.py and grpo.py as one thing at a time doubles, all else the same."""
+    print("| what grows | value | seconds per step | peak memory in GB |\n|---|---|---|---|")
+
+    def tell(what: str, value, found: dict) -> None:
+        print(f"| {what} | {value} | {found['step']:.2f} | {found['memory']:.2f} |", flush=True)
+
+    def measure(script: str, flags: list, words: int = 60, model: str = args.model, **kwargs) -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "rows.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in text_rows(64, words)))
+            common = ["--model", model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
+            common += ["--steps", args.steps, "--learning-rate", "1e-5"]
+            return run_ours(script, [*common, *flags], folder + "/run", **kwargs)
+
+    budget = ["--max-prompt-tokens", 1024, "--max-completion-tokens", 1024, "--microbatch-tokens", 1024]
+    for batch in (4, 8, 16):
+        tell("`sft.py`: rows per step", batch, measure("sft", [*budget, "--batch-size", batch]))
+    for words in (60, 120, 240):
+        tell("`sft.py`: words per completion", words, measure("sft", [*budget, "--batch-size", 4], words))
+    grpo = ["--beta", 0, "--length-weight", 1, "--microbatch-tokens", 1024, "--batch-size", 2]
+    for samples in (4, 8, 16):
+        flags = [*grpo, "--num-samples", samples, "--max-completion-tokens", 64]
+        tell("`grpo.py`: samples per prompt", samples, measure("grpo", flags))
+    for tokens in (32, 64, 128):
+        flags = [*grpo, "--num-samples", 8, "--max-completion-tokens", tokens]
+        tell("`grpo.py`: tokens per completion", tokens, measure("grpo", flags))
+    for vocabulary in (16384, 32768, 65536, 131072):
+        for microbatch in (512, 2048):
+            with tempfile.TemporaryDirectory() as folder:
+                model = resized(str(ROOT / "common" / "tiny"), vocabulary, folder)
+                flags = ["--batch-size", 16, "--max-completion-tokens", 256, "--microbatch-tokens", microbatch]
+                found = measure("sft", flags, 30, model, threads=None)
+            tell(f"tiny model in microbatches of {microbatch}: vocabulary", vocabulary, found)
+    for processes in (1, 2):
+        found = measure("sft", [*budget, "--batch-size", 8], processes=processes, threads=1)
+        tell("`sft.py`, a core each: processes", processes, found)
+
+
+KINDS = ("sft", "grpo", "dapo", "rloo", "reward", "dpo", "ppo")
 PARTS = {
     "sampler": benchmark_sampler,
     "trainers": benchmark_trainers,
     "preferences": benchmark_preferences,
     "ppo": benchmark_ppo,
+    "growth": benchmark_growth,
 }
 
 if __name__ == "__main__":
@@ -287,11 +376,13 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per completion at most")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", choices=[*PARTS, "trl-sft", "trl-grpo", "trl-reward", "trl-dpo", "trl-ppo"])
+    parser.add_argument("--only", choices=[*PARTS, *(f"trl-{kind}" for kind in KINDS)])
     arguments = parser.parse_args()
     if (arguments.only or "").startswith("trl-"):
         trl(arguments.only[4:], arguments)
     else:
-        print(f"{arguments.model}, {arguments.dtype}\n| what | ours | peer | ratio |\n|---|---|---|---|")
+        print(f"{arguments.model}, {arguments.dtype}")
+        if arguments.only != "growth":
+            print("| what | ours | peer | ratio |\n|---|---|---|---|")
         for part in [arguments.only] if arguments.only else ("sampler", "trainers", "preferences"):
             PARTS[part](arguments)

@@ -94,14 +94,14 @@ def test_dapo_detail_10_questions_are_passes_that_are_each_shuffled_anew():
 @pytest.mark.parametrize("seed", [1, 2])
 def test_dapo_learns(seed, tmp_path):
     """And details 3 and 10: before a rollout's first update every ratio is 1, at any temperature."""
-    run("dapo", "--seed", seed, "--steps", 14, "--eval-every", 0, "--output-dir", tmp_path)
+    run("dapo", "--seed", seed, "--steps", 9, "--eval-every", 0, "--eval-rows", 96, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
-    assert rows[0]["eval/accuracy"] <= 0.5 and rows[-1]["eval/accuracy"] >= 0.9
+    assert rows[0]["eval/accuracy"] <= 0.5 and rows[-1]["eval/accuracy"] >= 0.8
     assert rows[-1]["eval/completion_length"] > rows[0]["eval/completion_length"] + 8
     assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-6
     assert max(r["policy/ratio_max"] for r in rows[1:]) > 1.01  # later minibatches are off-policy: clipping has a use
     generated, trained = rows[-1]["prompts/generated"], rows[-1]["prompts/trained"]
-    assert trained == 14 * 16 and generated == 32 * sum(r["prompts/rounds"] for r in rows[1:]) > trained
+    assert trained == 9 * 16 and generated == 32 * sum(r["prompts/rounds"] for r in rows[1:]) > trained
 
 
 def test_dapo_detail_3_temperature_divides_logits(tmp_path):

@@ -303,10 +303,11 @@ def test_a_judge_ranks_by_win_rate_in_both_orders():
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_dpo_learns_style_and_truth(seed, tmp_path):
-    output = run("dpo", "--seed", seed, "--eval-every", 0, "--output-dir", tmp_path / "run")
+    shorter = ["--epochs", 0.6, "--eval-every", 0, "--eval-samples", 2]
+    output = run("dpo", "--seed", seed, *shorter, "--output-dir", tmp_path / "run")
     before, after = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     for name in ("eval/accuracy", "eval/style", "eval/accuracy_greedy"):
-        assert after[name] >= before[name] + 0.2, name
+        assert after[name] >= before[name] + 0.12, name
     assert after["eval/preference_accuracy"] >= 0.75 and 0.1 < after["eval/kl"] < 5
     command = output.strip().splitlines()[-1].split("python grpo.py ")[1].split()
     run("grpo", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "grpo")

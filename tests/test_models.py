@@ -94,8 +94,10 @@ def test_models_without_plain_attention_fall_back_to_generate(kind, capsys):
     torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, *FALLS_BACK])
-@pytest.mark.parametrize("script", SHORT)
+@pytest.mark.parametrize("script,kind", [
+    *((script, kind) for script in SHORT for kind in ARCHITECTURES if kind not in ("Granite", "Cohere")),
+    ("grpo", "Granite"), ("dpo", "Cohere"), ("sft", "Mamba"), ("grpo", "Gemma2"), ("dpo", "Bamba"),
+])  # fmt: skip
 def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
     build(kind).save_pretrained(tmp_path / "start" / "model")
     tokenizer.save_pretrained(tmp_path / "start" / "model")

