@@ -1,6 +1,8 @@
 """What several test files share: the embedded model, and running a script as a user would."""
 
 import atexit
+import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -14,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, so 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tyro  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
@@ -218,6 +222,22 @@ def fails(script: str, *args, **kwargs) -> str:
     status, output = finished(script, args, **kwargs)
     assert status != 0 and "Traceback" not in output, output[-3000:]
     return output
+
+
+def refuses(script: str, *args) -> str:
+    """What a script says when it ends with a sentence, as `fails`, but in this process: for what it soon refuses."""
+    if script == "rlvr_math":  # its graders are processes, which end with the one that has started them
+        return fails(script, *args)
+    module, said = importlib.import_module(script), io.StringIO()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended, redirect_stdout(said), redirect_stderr(said):
+            module.main(tyro.cli(module.Args, args=list(map(str, args))))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code not in (0, None)
+    return f"{said.getvalue()}{ended.value.code}\n"
 
 
 SCRATCH = tempfile.TemporaryDirectory()

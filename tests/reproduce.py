@@ -1,4 +1,4 @@
-"""Every script's defaults over several seeds, a core for each run: `python tests/reproduce.py` (20 to 40 minutes on two).
+"""Every script's defaults over several seeds, a core for each run: `python tests/reproduce.py` (half an hour on two).
 
 For each it writes tests/results/<name>.json (the figures of every seed with versions, machine, date and commit) and
 tests/results/<name>.png (mean and range over the seeds), makes the README's results tables from these files, and ends
@@ -137,8 +137,8 @@ def about() -> dict:
            if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]  # fmt: skip
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    # Results are written by this very command, one after the other; what counts is whether the code is the commit's.
-    changed = subprocess.run([*git, "status", "--porcelain", "*.py"], capture_output=True, text=True).stdout.strip()
+    code = [":(top,glob)*.py", ":(top)common"]  # the results themselves change, by this very command
+    changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True).stdout.strip()
     packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
     return {
         "date": date.today().isoformat(),

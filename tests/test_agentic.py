@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run
+from conftest import ROOT, TINY, metrics, refuses, run
 
 import agentic
 from agentic import Args, Call, Dialogue, Environment, Experience, Player, Sandbox, ToolQuestions, Trajectory
@@ -543,7 +543,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
         Dialogue(with_template(tokenizer, PLAIN.replace("<|assistant|>{% endif", "<|assistant|><think>{% endif")), 64)
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(forgetful)
-    told = fails("agentic", *SMALL, "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
+    told = refuses("agentic", *SMALL, "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
     assert "rewrites earlier turns" in told and "only appends" in told
 
 
@@ -1157,13 +1157,13 @@ def test_the_training_goes_on_whatever_code_is_run(tmp_path):
 
 
 def test_settings_of_agentic(tmp_path):
-    assert "siblings" in fails("agentic", "--num-samples", 1)
-    assert "--minibatches" in fails("agentic", "--batch-size", 4, "--minibatches", 3)
-    assert "whole context" in fails("agentic", "--max-trajectory-tokens", 600)
-    assert "leaves no room for one turn" in fails("agentic", "--max-trajectory-tokens", 50)
-    assert "--max-turns 64 must be at most 63" in fails("agentic", "--max-turns", 64)
-    assert "--tool-seconds 0.0 must be above 0" in fails("agentic", "--tool-seconds", 0)
-    assert "no such file" in fails("agentic", "--corpus", tmp_path / "none.jsonl")
+    assert "siblings" in refuses("agentic", "--num-samples", 1)
+    assert "--minibatches" in refuses("agentic", "--batch-size", 4, "--minibatches", 3)
+    assert "whole context" in refuses("agentic", "--max-trajectory-tokens", 600)
+    assert "leaves no room for one turn" in refuses("agentic", "--max-trajectory-tokens", 50)
+    assert "--max-turns 64 must be at most 63" in refuses("agentic", "--max-turns", 64)
+    assert "--tool-seconds 0.0 must be above 0" in refuses("agentic", "--tool-seconds", 0)
+    assert "no such file" in refuses("agentic", "--corpus", tmp_path / "none.jsonl")
 
 
 def test_instruction_and_costs(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, fails, first_rows, metrics, run
+from conftest import TINY, fails, first_rows, metrics, refuses, run
 
 import dapo
 from common.generation import Completion
@@ -225,12 +225,12 @@ def test_resume_goes_on_with_the_surplus(tmp_path):
 
 
 def test_settings_of_dapo():
-    assert "siblings" in fails("dapo", "--num-samples", 1)
-    assert "--minibatches" in fails("dapo", "--batch-size", 4, "--minibatches", 3)
-    told = fails("dapo", "--overlong-cache", 64)
+    assert "siblings" in refuses("dapo", "--num-samples", 1)
+    assert "--minibatches" in refuses("dapo", "--batch-size", 4, "--minibatches", 3)
+    told = refuses("dapo", "--overlong-cache", 64)
     assert "--overlong-cache 64 must be below the budget" in told
-    assert "--dual-clip 0.5 must be above 1" in fails("dapo", "--dual-clip", 0.5)
-    assert "--clip-low 2.0 must lie in" in fails("dapo", "--clip-low", 2)
-    assert "--eval-rows 0 must be at least 1" in fails("dapo", "--eval-rows", 0)
-    assert "can never fill" in fails("dapo", "--max-rounds", 1, "--generation-batch-size", 8)
-    assert "needs the columns prompt + answer" in fails("dapo", "--dataset", TINY / "corpus.jsonl")
+    assert "--dual-clip 0.5 must be above 1" in refuses("dapo", "--dual-clip", 0.5)
+    assert "--clip-low 2.0 must lie in" in refuses("dapo", "--clip-low", 2)
+    assert "--eval-rows 0 must be at least 1" in refuses("dapo", "--eval-rows", 0)
+    assert "can never fill" in refuses("dapo", "--max-rounds", 1, "--generation-batch-size", 8)
+    assert "needs the columns prompt + answer" in refuses("dapo", "--dataset", TINY / "corpus.jsonl")

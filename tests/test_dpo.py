@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, fails, first_rows, metrics, run
+from conftest import TINY, first_rows, metrics, refuses, run
 
 import dpo
 from common.tokenizer import render_chat
@@ -440,5 +440,5 @@ def test_unpaired_rows_and_a_reward_model(tmp_path, tokenizer):
     broken = json.loads((tmp_path / "rm" / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
     shutil.copytree(TINY, tmp_path / "lm")
     (tmp_path / "lm" / "config.json").write_text(json.dumps(broken))
-    told = fails("dpo", *SHORT, "--iterations", 1, "--reward-model", tmp_path / "lm", "--dataset", prompts)
+    told = refuses("dpo", *SHORT, "--iterations", 1, "--reward-model", tmp_path / "lm", "--dataset", prompts)
     assert "no reward model, its weights lack score.weight" in told

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, first_rows, metrics, run
+from conftest import ROOT, TINY, fails, first_rows, metrics, refuses, run
 
 import ppo
 from common.kl import AdaptiveKLController, whiten
@@ -278,7 +278,7 @@ def test_ptx_mixes_demonstrations_in(tmp_path, tokenizer):
         render_chat(tokenizer, [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]).ids
     )
     long = write(tmp_path / "long.jsonl", [{"prompt": "q" * 600, "completion": "2"}])
-    told = fails("ppo", *ppo_flags(), "--ptx-dataset", long)
+    told = refuses("ppo", *ppo_flags(), "--ptx-dataset", long)
     assert "1 of 1 demonstrations dropped" in told and "none of its rows" in told
 
 
@@ -315,7 +315,7 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     for name in ("overoptimisation.png", "model/model.safetensors", f"checkpoints/step-{len(rows) - 1:06d}/state.json"):
         assert (tmp_path / name).stat().st_size > 0
     assert "--stop-kl ends the run at step" in told
-    assert "the run has ended" in fails("ppo", "--resume", tmp_path)
+    assert "the run has ended" in refuses("ppo", "--resume", tmp_path)
 
 
 def test_proxy_and_gold_stand_side_by_side(tmp_path, reward_folder):
@@ -359,7 +359,7 @@ def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path)
 ])  # fmt: skip
 def test_settings_of_ppo(flags, sentence, tmp_path):
     base = [] if "--reward-model" in flags else ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy"]
-    assert sentence in fails("ppo", *base, *flags, "--output-dir", tmp_path / "run")
+    assert sentence in refuses("ppo", *base, *flags, "--output-dir", tmp_path / "run")
 
 
 def test_reward_models_that_cannot_serve(tmp_path, reward_folder):
@@ -370,7 +370,7 @@ def test_reward_models_that_cannot_serve(tmp_path, reward_folder):
     weights_["score.weight"][:] = float("nan")
     save_file(weights_, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     small = [*ppo_flags(), "--answer-weight", 0, "--critic", "reward_model"]
-    told = fails("ppo", *small, "--reward-model", tmp_path / "nan", "--output-dir", tmp_path / "run1")
+    told = refuses("ppo", *small, "--reward-model", tmp_path / "nan", "--output-dir", tmp_path / "run1")
     assert "gave no number for" in told and "weights" in told
     shutil.copytree(reward_folder, tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
@@ -379,7 +379,7 @@ def test_reward_models_that_cannot_serve(tmp_path, reward_folder):
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     path.write_text(json.dumps(content))
     small += ["--reward-model", tmp_path / "other"]
-    assert "its tokenizer is not that of" in (told := fails("ppo", *small, "--output-dir", tmp_path / "run2"))
+    assert "its tokenizer is not that of" in (told := refuses("ppo", *small, "--output-dir", tmp_path / "run2"))
     assert "--critic policy" in told
     run("ppo", *small, "--critic", "policy", "--output-dir", tmp_path / "run3")
 

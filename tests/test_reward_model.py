@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, fails, first_rows, metrics, run
+from conftest import ROOT, TINY, first_rows, metrics, refuses, run
 from transformers import AutoModelForSequenceClassification
 
 import dpo
@@ -309,7 +309,7 @@ def test_output_folder_is_complete(kind, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["reward_kind"] == ("process" if kind == "process" else "outcome") and config["pad_token_id"] == 1
     assert config["reward_members"] == 1 + (kind == "ensemble")
-    refused = fails("grpo", "--reward-model", tmp_path / "model") if kind == "process" else "scores single steps"
+    refused = refuses("grpo", "--reward-model", tmp_path / "model") if kind == "process" else "scores single steps"
     assert "scores single steps" in refused
     names = {"eval/loss", "eval/accuracy", "loss/train", "optim/grad_norm"}
     if kind != "process":
@@ -447,7 +447,7 @@ STEPS = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True
 ])  # fmt: skip
 def test_bad_data_and_settings_are_told_in_a_sentence(rows, flags, sentence, tmp_path):
     data = write(tmp_path / "data.jsonl", rows)
-    assert sentence in fails("reward_model", "--dataset", data, *flags, "--output-dir", tmp_path / "run")
+    assert sentence in refuses("reward_model", "--dataset", data, *flags, "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, first_rows, metrics, run, start, weights
+from conftest import ROOT, TINY, first_rows, metrics, refuses, run, start, weights
 
 import agentic
 import dapo
@@ -238,7 +238,7 @@ def test_grpo_with_a_reward_model(tmp_path, tokenizer):
     config.num_labels = 3
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
     tokenizer.save_pretrained(tmp_path / "rm3")
-    assert "one label" in fails("grpo", "--reward-model", tmp_path / "rm3", "--output-dir", tmp_path / "run3")
+    assert "one label" in refuses("grpo", "--reward-model", tmp_path / "rm3", "--output-dir", tmp_path / "run3")
 
 
 @pytest.mark.parametrize("flags", [["--loss-on", "all"], ["--loss-on", "completion"], ["--neftune-alpha", "5"],
@@ -384,34 +384,34 @@ def test_bad_data_and_settings_are_told_in_a_sentence(script, content, flags, se
         flags, sentence = ["--batch-size", "0"], "at least 1"
     data = write(tmp_path / "data.jsonl", content)
     flags = [*NEEDED.get(script, []), *flags]
-    assert sentence in fails(script, "--dataset", data, *flags, "--output-dir", tmp_path / "run")
+    assert sentence in refuses(script, "--dataset", data, *flags, "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("script", SHORT)
 def test_missing_files_and_wrong_folders(script, tmp_path):
     needed = NEEDED.get(script, [])
-    assert "no such file" in fails(script, *needed, "--dataset", tmp_path / "none.jsonl")
-    assert "no run there" in fails(script, "--resume", tmp_path)
+    assert "no such file" in refuses(script, *needed, "--dataset", tmp_path / "none.jsonl")
+    assert "no run there" in refuses(script, "--resume", tmp_path)
     run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path / "run")
-    told = fails(script, *needed, "--output-dir", tmp_path / "run")
+    told = refuses(script, *needed, "--output-dir", tmp_path / "run")
     assert "--resume" in told and "--overwrite" in told
-    assert "already done" in fails(script, "--resume", tmp_path / "run")
-    assert "--learning-rate cannot be changed" in fails(script, "--resume", tmp_path / "run", "--learning-rate", "1")
+    assert "already done" in refuses(script, "--resume", tmp_path / "run")
+    assert "--learning-rate cannot be changed" in refuses(script, "--resume", tmp_path / "run", "--learning-rate", "1")
     other = next(s for s in SHORT if s != script)
-    assert "another script" in fails(other, "--resume", tmp_path / "run")
+    assert "another script" in refuses(other, "--resume", tmp_path / "run")
     about = next((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
     about.write_text(about.read_text().replace('"model": "', '"model": "x'))
-    assert "another model" in fails(script, "--resume", tmp_path / "run", "--steps", 2)
+    assert "another model" in refuses(script, "--resume", tmp_path / "run", "--steps", 2)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert "before its first checkpoint" in fails(script, "--resume", tmp_path / "run", "--steps", 2)
+    assert "before its first checkpoint" in refuses(script, "--resume", tmp_path / "run", "--steps", 2)
     run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path / "run", "--overwrite")
 
 
 def test_settings_of_grpo(tmp_path):
-    assert "siblings" in fails("grpo", "--num-samples", 1)
-    assert "--minibatches" in fails("grpo", "--batch-size", 4, "--minibatches", 3)
-    assert "whole context" in fails("grpo", "--max-completion-tokens", 600)
+    assert "siblings" in refuses("grpo", "--num-samples", 1)
+    assert "--minibatches" in refuses("grpo", "--batch-size", 4, "--minibatches", 3)
+    assert "whole context" in refuses("grpo", "--max-completion-tokens", 600)
     data = write(tmp_path / "d.jsonl", (GOOD + GOOD.replace("1+1=?", "1" * 60)) * 20)
     output = run("grpo", *SHORT["grpo"], "--steps", 1, "--max-prompt-tokens", 40, "--dataset", data,
                  "--output-dir", tmp_path / "run")  # fmt: skip
@@ -445,7 +445,7 @@ def test_answers_that_are_numbers(tmp_path):
 @pytest.mark.parametrize("script", ["sft", "grpo", "dapo", "rlvr_math", "reward_model", "ppo", "agentic"])
 def test_prompts_that_are_all_too_long(script, tmp_path):
     flags = [*NEEDED.get(script, []), "--dataset", write(tmp_path / "data.jsonl", GOOD * 20), "--max-prompt-tokens", 3]
-    assert "--max-prompt-tokens" in fails(script, *flags, "--output-dir", tmp_path / "run")
+    assert "--max-prompt-tokens" in refuses(script, *flags, "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("module", [agentic, dapo, dpo, grpo, ppo, reward_model, rlvr_math, sft])
@@ -457,13 +457,13 @@ def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
 
 def test_rows_without_anything_to_train_on(tmp_path):
     data = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hello"}]}\n' * 20)
-    assert "no row is left to train on" in fails("sft", "--dataset", data, "--output-dir", tmp_path / "run")
+    assert "no row is left to train on" in refuses("sft", "--dataset", data, "--output-dir", tmp_path / "run")
 
 
 def test_messages_without_a_chat_template(tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    assert "no chat template" in fails("sft", "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
+    assert "no chat template" in refuses("sft", "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("script", SHORT)
@@ -473,5 +473,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, model, tokeni
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = [*SHORT[script], *EASY.get(script, []), "--model", tmp_path / "model"]
-    told = fails(script, *flags, "--output-dir", tmp_path / "run")
+    told = refuses(script, *flags, "--output-dir", tmp_path / "run")
     assert "diverged" in told and "none" in told.lower()
