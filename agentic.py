@@ -1811,8 +1811,17 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
 
 
 def context_length(config) -> int:
-    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none.
+
+    Rotations that change with the longest text of a batch (longrope, dynamic) are held to the length at which they do
+    not: beyond it, a text's log-probabilities would depend on its neighbours.
+    """
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
+        stated = config.rope_parameters.get("original_max_position_embeddings")
+        return stated or getattr(config, "original_max_position_embeddings", None) or longest
+    return longest
 
 
 def load_model(args, device, from_scratch: bool = False):
@@ -1826,7 +1835,7 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
     use_layout(model.to(device).eval())
     if not has_known_logits(model):
@@ -1947,7 +1956,8 @@ class Run:
         if not self.is_main:
             return
         if (self.folder / "args.json").exists() and not args.resume:
-            shutil.rmtree(self.folder)
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "args.json"):  # that last
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
@@ -2053,6 +2063,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
+def has_saved_model(run: Run, checkpoint: Path) -> bool:
+    """Whether the model of a run's last checkpoint has been saved too, or a kill came in between."""
+    model = run.folder / "model"
+    return model.exists() and model.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
@@ -2088,13 +2104,14 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
-    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
+    if about["step"] >= steps and has_saved_model(run, newest):
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        # Parts of a model that no text passes through have no moments.
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
     if run.is_main:
@@ -2118,7 +2135,10 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.generation_config.eos_token_id = stops
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-        weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
+        weights = {
+            name: value.to(model.config.dtype) if value.is_floating_point() else value
+            for name, value in state.items() if name not in tied
+        }  # fmt: skip
         part = run.folder / ".writing-model"
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
@@ -2130,7 +2150,10 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
 def tell_of_a_full_disk(error: Exception) -> None:
     """End with a sentence if that is what the error is about."""
     if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
-        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
+        sys.exit(
+            f"Writing failed ({first_line(error)}). What checkpoints the run has are whole: make room, and go on with "
+            "--resume, or with --overwrite if it has none yet."
+        )
 
 
 if __name__ == "__main__":

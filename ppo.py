@@ -359,7 +359,7 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
 def score(tokenizer, questions: list[dict], groups: list[list[Completion]], args: Args, reward_model) -> dict:
     """Reward components of every completion, each [P, G], and their weighted sum under "total"."""
     texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in groups]
-    weights = {"answer": args.answer_weight, "format": args.format_weight, "length": args.length_weight}
+    weights = {name: getattr(args, f"{name}_weight") for name in REWARDS}
     components = {}
     for name in (name for name, weight in weights.items() if weight):
         components[name] = torch.tensor([
@@ -403,7 +403,7 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, subfolder=f"member_{k}" if k else "", trust_remote_code=trust_remote_code, **options
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             sys.exit(f"{flag} {path}: member {k} of the reward model could not be loaded ({first_line(error)}).")
         if info["missing_keys"]:
             sys.exit(f"{flag} {path}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
@@ -561,7 +561,7 @@ def load_critic(args: Args, tokenizer, device):
     options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     try:
         critic = AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"{flag} {path}: no critic could be made of it ({first_line(error)}).")
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear):
         sys.exit(f"{flag} {path}: a {type(critic).__name__} has no linear head named `score`; add --critic policy.")
@@ -848,7 +848,9 @@ def main(args: Args) -> dict:
     if args.resume:
         controller.coefficient = run.last["policy/next_beta"]
         if args.stop_kl is not None and run.last.get("eval/kl", 0.0) > args.stop_kl:
-            sys.exit(f"{run.folder}: the run has ended, its KL of {run.last['eval/kl']:.3g} is above --stop-kl.")
+            if has_saved_model(run, newest_checkpoint(run.folder)):
+                sys.exit(f"{run.folder}: the run has ended, its KL of {run.last['eval/kl']:.3g} is above --stop-kl.")
+            first = args.steps  # all that is missing is its model
     else:
         run.log(0, *evaluate(0))
 
@@ -996,7 +998,7 @@ def check_ppo_args(args: Args) -> None:
     for name in ("model", "reward_model"):  # `latest` may be another when the run is resumed
         if getattr(args, name) != "none" and Path(getattr(args, name)).exists():
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
-    has_function = any((args.answer_weight, args.format_weight, args.length_weight))
+    has_function = any(getattr(args, f"{name}_weight") for name in REWARDS)
     if args.reward_model == "none" and not has_function:
         sys.exit("--reward-model none leaves nothing to reward: add --answer-weight 1, or another function's weight.")
     if args.reward_model == "none" and args.critic == "reward_model":
@@ -1125,8 +1127,17 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
 
 
 def context_length(config) -> int:
-    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none.
+
+    Rotations that change with the longest text of a batch (longrope, dynamic) are held to the length at which they do
+    not: beyond it, a text's log-probabilities would depend on its neighbours.
+    """
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
+        stated = config.rope_parameters.get("original_max_position_embeddings")
+        return stated or getattr(config, "original_max_position_embeddings", None) or longest
+    return longest
 
 
 def load_model(args, device, from_scratch: bool = False):
@@ -1140,7 +1151,7 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
     use_layout(model.to(device).eval())
     if not has_known_logits(model):
@@ -1261,7 +1272,8 @@ class Run:
         if not self.is_main:
             return
         if (self.folder / "args.json").exists() and not args.resume:
-            shutil.rmtree(self.folder)
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "args.json"):  # that last
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
@@ -1367,6 +1379,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
+def has_saved_model(run: Run, checkpoint: Path) -> bool:
+    """Whether the model of a run's last checkpoint has been saved too, or a kill came in between."""
+    model = run.folder / "model"
+    return model.exists() and model.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
@@ -1402,13 +1420,14 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
-    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
+    if about["step"] >= steps and has_saved_model(run, newest):
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        # Parts of a model that no text passes through have no moments.
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
     if run.is_main:
@@ -1432,7 +1451,10 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
         model.generation_config.eos_token_id = stops
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-        weights = {name: value.to(model.config.dtype) for name, value in state.items() if name not in tied}
+        weights = {
+            name: value.to(model.config.dtype) if value.is_floating_point() else value
+            for name, value in state.items() if name not in tied
+        }  # fmt: skip
         part = run.folder / ".writing-model"
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
@@ -1444,7 +1466,10 @@ def save_model(run: Run, model, tokenizer, stops: list[int], bfloat16: bool) -> 
 def tell_of_a_full_disk(error: Exception) -> None:
     """End with a sentence if that is what the error is about."""
     if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
-        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
+        sys.exit(
+            f"Writing failed ({first_line(error)}). What checkpoints the run has are whole: make room, and go on with "
+            "--resume, or with --overwrite if it has none yet."
+        )
 
 
 if __name__ == "__main__":

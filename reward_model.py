@@ -543,8 +543,11 @@ def ai_feedback(args: Args, rows: list[dict], tokenizer, run: Run, context: int,
     """Rows labelled by the judge, the processes sharing the work, as preference rows with soft labels. They are also
     written into the run's folder, with what else the rows held."""
     path, (device, rank, world, bfloat16) = run.folder / "labelled.jsonl", parallel
-    if args.resume and path.exists():
-        return [json.loads(line) for line in path.read_text().split("\n") if line]
+    kept = [path.read_text() if args.resume and run.is_main and path.exists() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(kept)
+    if kept[0] is not None:
+        return [json.loads(line) for line in kept[0].split("\n") if line]
     mine = {i: rows[i] for i in range(rank, len(rows), world)}
     if bare := {i: row for i, row in mine.items() if row.get("chosen") is None}:
         mine = {i: mine[i] for i in mine.keys() - bare.keys()}
@@ -767,6 +770,7 @@ def main(args: Args) -> dict:
         if references:
             reference_scores = torch.cat(score_all(members, references, *share), dim=1)  # [N, R]
             constants[:] = normalisation_constants(reference_scores, args.normalisation)  # detail 7
+            run.carried["normalisation"] = [values.tolist() for values in constants]
         normal = [(s - constants[0]) / constants[1] for s in score_all(members, held_out, *share)]  # detail 8
         scores = [aggregate_scores(s, args.ensemble_score, args.disagreement_penalty) for s in normal]
         if args.kind == "outcome":
@@ -779,6 +783,8 @@ def main(args: Args) -> dict:
         return report, scored_samples(tokenizer, held_out[:16], scores, args)
 
     first = load_checkpoint(run, members, optimizers, steps) if args.resume else 0
+    if "normalisation" in run.carried:
+        constants[:] = map(torch.tensor, run.carried["normalisation"])
     if not args.resume:
         run.log(0, *evaluate(0))
 
@@ -877,7 +883,7 @@ def load_reward_backbone(args: Args, device, member: int):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             args.model, config=config, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"--model {args.model}: no model with a scalar head could be made of it ({first_line(error)}).")
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         sys.exit(f"--model {args.model}: a {type(model).__name__} has no linear head named `score`; use a decoder.")
@@ -1035,8 +1041,17 @@ def load_config(path: str, trust_remote_code: bool, flag: str = "--model"):
 
 
 def context_length(config) -> int:
-    """How many tokens a model was made for; without end where it has no positions, as state-space models have none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """How many tokens a model was made for; without end where it has no positions, as state-space models have none.
+
+    Rotations that change with the longest text of a batch (longrope, dynamic) are held to the length at which they do
+    not: beyond it, a text's log-probabilities would depend on its neighbours.
+    """
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
+        stated = config.rope_parameters.get("original_max_position_embeddings")
+        return stated or getattr(config, "original_max_position_embeddings", None) or longest
+    return longest
 
 
 def load_model(args, device, from_scratch: bool = False):
@@ -1050,7 +1065,7 @@ def load_model(args, device, from_scratch: bool = False):
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(args.model, config=config, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"--model {args.model}: no causal language model could be loaded from there ({first_line(error)}).")
     use_layout(model.to(device).eval())
     if not has_known_logits(model):
@@ -1159,7 +1174,8 @@ class Run:
         if not self.is_main:
             return
         if (self.folder / "args.json").exists() and not args.resume:
-            shutil.rmtree(self.folder)
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "args.json"):  # that last
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
         if not args.output_dir:
@@ -1265,6 +1281,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
+def has_saved_model(run: Run, checkpoint: Path) -> bool:
+    """Whether the model of a run's last checkpoint has been saved too, or a kill came in between."""
+    model = run.folder / "model"
+    return model.exists() and model.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
 def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
     """Write what --resume needs under a temporary name and rename it, so that no broken checkpoint is ever newest.
 
@@ -1300,13 +1322,14 @@ def load_checkpoint(run: Run, model, optimizer, steps: int) -> int:
     about = json.loads((newest / "state.json").read_text())
     if about["model"] != fingerprint(model):
         sys.exit(f"--resume {run.folder}: {newest.name} is of another model than the one at {run.args.model}.")
-    model_there = (run.folder / "model").stat().st_mtime if (run.folder / "model").exists() else 0
-    if about["step"] >= steps and model_there >= newest.stat().st_mtime:  # else a kill came before its model was saved
+    if about["step"] >= steps and has_saved_model(run, newest):
         sys.exit(f"{run.folder} has already done its {steps} steps; to go on, give more of them.")
     weights, moments = sharded.get_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        # Parts of a model that no text passes through have no moments.
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
     sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     run.baseline, run.last, run.carried = about["baseline"], about["last"], about["carried"]
     if run.is_main:
@@ -1324,7 +1347,10 @@ def drop_rows_after(path: Path, step: int) -> None:
 def tell_of_a_full_disk(error: Exception) -> None:
     """End with a sentence if that is what the error is about."""
     if re.search("No space left|quota exceeded|too large|Read-only file system", str(error)):
-        sys.exit(f"Writing failed ({first_line(error)}). All checkpoints there are whole: make room and --resume.")
+        sys.exit(
+            f"Writing failed ({first_line(error)}). What checkpoints the run has are whole: make room, and go on with "
+            "--resume, or with --overwrite if it has none yet."
+        )
 
 
 if __name__ == "__main__":

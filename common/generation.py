@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
 
 from common.kl import head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
 from common.tokenizer import pad
@@ -97,6 +98,8 @@ class Sampler:
         if self.is_copy:
             for target, source in zip(self.model.parameters(), self.source.parameters()):
                 target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+            for target, source in zip(self.model.buffers(), self.source.buffers()):  # such as the biases of a router
+                target.copy_(source)
         head = self.model.get_output_embeddings()
         self.head_bias, self.logit_shape = head.bias, logit_shape(self.model)
         # A CPU multiplies in float32, where bfloat16 factors are exact; CUDA graphs hold the module's own memory.
@@ -160,6 +163,7 @@ class Sampler:
         """The same result from `model.generate`, prompt by prompt, for models whose layers have no key/value slots."""
         results = []
         stops = self.stop_ids.tolist()
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # no penalties, no min_p
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for i, (prompt, budget) in enumerate(zip(prompts, budgets)):
                 torch.manual_seed((seed * 1_000_003 + numbers[i * num_samples]) % 2**63)
@@ -176,6 +180,7 @@ class Sampler:
                     values = scores[range(end), row[:end]].tolist()
                     results.append(Completion(row[:end], values, row[end - 1] in stops))
                 progress(num_samples)
+        self.model.generation_config = own
         return results
 
 

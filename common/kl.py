@@ -51,13 +51,13 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 
 
 class _Probe:
-    """A layout that notes the keys and values which each layer brings, and attends as a short causal text does."""
+    """A layout that notes what each layer brings, and attends as a short causal text does."""
 
     def __init__(self):
-        self.shapes: list[tuple] = []  # (layer, shape of its keys, shape of its values)
+        self.asked: list[tuple] = []  # (layer, shape of its keys, shape of its values, whether it has a window)
 
     def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
-        self.shapes.append((layer, tuple(key.shape), tuple(value.shape)))
+        self.asked.append((layer, tuple(key.shape), tuple(value.shape), window is not None))
         is_grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
         return out.transpose(1, 2)
@@ -68,26 +68,29 @@ def use_layout(model) -> None:
     """Let each batch's layout decide the attention of `model`, if every layer of it is plain attention.
 
     That is tried, not looked up: in a text of four tokens each layer must ask once for attention, with keys and values
-    of the one shape that the sampler has slots for, and the hidden states must be those of transformers' own attention.
-    Others (state-space layers, soft-capped scores, sinks, compressed or shared keys) keep their implementation.
+    of the one shape that the sampler has slots for and with the window that its configuration tells of, and the hidden
+    states must be those of transformers' own attention. Others (state-space layers, soft-capped scores, sinks,
+    compressed or shared keys) keep their implementation.
     """
     config, own = model.config.get_text_config(), model.config._attn_implementation
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = getattr(config, "layer_types", None) or []
     can_be = model._supports_sdpa and model._supports_attention_backend and not model._is_stateful
-    if not can_be or not kinds <= {"full_attention", "sliding_attention"}:  # chunks show in longer texts only
+    if not can_be or not set(kinds) <= {"full_attention", "sliding_attention"}:  # chunks show in longer texts only
         return
     ids, probe = short_text(model), _Probe()
-    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    model.set_attn_implementation("layout")
     layout = layout_arguments(probe, ids.device) | {"position_ids": torch.arange(4, device=ids.device)[None]}
     try:
+        expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        model.set_attn_implementation("layout")
         found = model.base_model(input_ids=ids, **layout).last_hidden_state
-    except (TypeError, ValueError, RuntimeError):  # a forward that knows no such arguments, or other shapes
-        found = torch.full_like(expected, torch.inf)
+        is_same = not differ(found, expected)
+    except Exception:  # models have many ways of not being like the others
+        is_same = False
+    is_windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    windowed = [kind == "sliding_attention" for kind in kinds] or [bool(is_windowed)] * config.num_hidden_layers
     heads, dim = heads_and_dim(config)
     shape = (1, heads, ids.shape[1], dim)
-    is_plain = probe.shapes == [(layer, shape, shape) for layer in range(config.num_hidden_layers)]
-    if not is_plain or differ(found, expected):
+    if not is_same or probe.asked != [(i, shape, shape, has_window) for i, has_window in enumerate(windowed)]:
         model.set_attn_implementation(own)
 
 
@@ -98,8 +101,10 @@ def short_text(model) -> torch.Tensor:
 
 
 def differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results are further apart than rounding explains; False for NaN, which a loss will show."""
-    return bool((found - expected).abs().max() > 0.02 * expected.abs().max())
+    """Whether rows of two results [..., d] are further apart than rounding explains; False for NaN, which a loss will
+    show."""
+    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+    return bool(((found - expected).abs().amax(-1) > tolerance * expected.abs().amax(-1)).any())
 
 
 def heads_and_dim(config) -> tuple[int, int]:
@@ -150,7 +155,7 @@ def token_logprobs(
     """Log-probability of every scored token of a packed row, and the entropy of the distribution it came from.
 
     Args:
-        model: a causal language model loaded with `attn_implementation="layout"`.
+        model: a causal language model that has been through `use_layout`.
         temperature: logits are divided by it, as they were in sampling; 1 for likelihood training.
         packing: run the row as it is; otherwise one padded row per text, which gives the same numbers.
 
@@ -203,6 +208,8 @@ def logit_shape(model) -> LogitShape:
 def has_known_logits(model) -> bool:
     """Whether the model's own logits are those which `head_logits` gives, tried on one short text."""
     ids, head = short_text(model), model.get_output_embeddings()
+    if head is None:
+        return False
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = head_logits(hidden, head.weight, head.bias, hidden.dtype, logit_shape(model))
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()

@@ -197,7 +197,8 @@ def finished(
         for process in group:  # where one has failed the others may wait for it for ever
             process.process.kill()
         done = [process.finish(400) for process in group]
-        return max((abs(status) for status, _ in done)), done[0][1]
+        broken = next((output for _, output in done[1:] if "Traceback" in output), "")
+        return max((abs(status) for status, _ in done)), done[0][1] + broken
     if not (torchrun or interpreter):
         return start(script, *args, cwd=cwd, **kwargs).finish(400)
     launcher = [sys.executable]

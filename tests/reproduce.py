@@ -191,6 +191,8 @@ def table(names: list[str]) -> str:
     headings = ["command", *columns.values(), "at most, on one core"]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for name in names:
+        if not (RESULTS / f"{name}.json").exists():
+            continue
         result = json.loads((RESULTS / f"{name}.json").read_text())
         first, *others = result["seeds"]
         cells = [f"`{described(name, first)}` ({', '.join(others)})" if others else f"`{described(name, first)}`"]
@@ -205,8 +207,9 @@ def table(names: list[str]) -> str:
 
 def tables() -> str:
     """All tables, with where their figures come from."""
-    dates = {json.loads(path.read_text())["about"]["date"] for path in RESULTS.glob("*.json") if path.stem in RECIPES}
-    abouts = [json.loads((RESULTS / f"{name}.json").read_text())["about"] for name in RECIPES]
+    paths = [RESULTS / f"{name}.json" for name in RECIPES]
+    abouts = [json.loads(path.read_text())["about"] for path in paths if path.exists()]
+    dates = {a["date"] for a in abouts}
     machines = sorted({a["machine"] for a in abouts})
     versions = sorted({f"torch {a['versions']['torch']}, transformers {a['versions']['transformers']}" for a in abouts})
     origin = f"Measured {' and '.join(sorted(dates))}: {'; '.join(machines)}; {'; '.join(versions)}."
@@ -230,16 +233,20 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    failures, names = [], [] if args.tables else args.only
+    failures, names, origin = [], [] if args.tables else args.only, about()
     pool = ThreadPoolExecutor(os.cpu_count())
     pending = {(name, seed): pool.submit(run_once, name, seed) for name in names for seed in args.seeds}
     for name in names:
-        seeds = {str(seed): pending[name, seed].result() for seed in args.seeds}
+        try:
+            seeds = {str(seed): pending[name, seed].result() for seed in args.seeds}
+        except SystemExit:
+            pool.shutdown(cancel_futures=True)
+            raise
         for seed, found in seeds.items():
             before, after = found["before"], found["after"]
             told = ", ".join(f"{metric[5:]} {before[metric]} → {after[metric]}" for metric in RECIPES[name].columns)
             print(f"{described(name, seed)}: {told} ({found['seconds']} s)", flush=True)
-        result = {"about": about(), "command": described(name), "bars": RECIPES[name].bars, "seeds": seeds}
+        result = {"about": origin, "command": described(name), "bars": RECIPES[name].bars, "seeds": seeds}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(name, seeds)
         failures += [f"{name}, {sentence}" for sentence in below(RECIPES[name].bars, seeds)]

@@ -43,6 +43,8 @@ def check_ten_kills(script, tmp_path):
     same(weights(whole), weights(killed))
     assert timeless(whole) == timeless(killed)
     assert (whole / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
+    for path in (whole / "model").rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (killed / path.relative_to(whole)).read_bytes(), path.name
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir() if p.name[0] != ".")
 
 

@@ -14,7 +14,7 @@ import rlvr_math
 import sft
 from common import kl
 from common.generation import Completion
-from common.kl import AdaptiveKLController, head_logprobs, kl_estimate, masked_mean, whiten
+from common.kl import AdaptiveKLController, LogitShape, head_logprobs, kl_estimate, masked_mean, whiten
 from common.tokenizer import pack
 
 
@@ -36,19 +36,21 @@ def test_t1_temperature_divides_logits():
     close(logprobs, [-0.126928])
 
 
-def test_head_in_chunks_equals_full_softmax_with_gradients(monkeypatch):
+@pytest.mark.parametrize("shape", [LogitShape(), LogitShape(scale=0.25), LogitShape(scale=2.0, cap=1.5)])
+def test_head_in_chunks_equals_full_softmax_with_gradients(shape, monkeypatch):
     torch.manual_seed(0)
     head, targets = torch.nn.Linear(8, 50), torch.randint(50, (37,))
     hidden = torch.randn(37, 8, requires_grad=True)
     upstream = torch.randn(37)
-    expected = (head(hidden) / 0.7).log_softmax(-1)
+    logits = shape.scale * head(hidden)
+    logits = logits if shape.cap is None else shape.cap * (logits / shape.cap).tanh()
+    expected = (logits / 0.7).log_softmax(-1)
     (expected.gather(1, targets[:, None])[:, 0] * upstream).sum().backward()
     reference = hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()
     hidden.grad = None
     head.zero_grad()
-    real = torch.Tensor.split
-    monkeypatch.setattr(torch.Tensor, "split", lambda x, rows, dim=0: real(x, 5, dim))  # several chunks
-    logprobs, entropy = head_logprobs(head, hidden, targets, 0.7)
+    monkeypatch.setattr(kl, "_chunks", lambda hidden, weight: [slice(i, i + 5) for i in range(0, len(hidden), 5)])
+    logprobs, entropy = head_logprobs(head, hidden, targets, 0.7, shape)
     (logprobs * upstream).sum().backward()
     torch.testing.assert_close(logprobs, expected.gather(1, targets[:, None])[:, 0])
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))

@@ -40,6 +40,10 @@ FALLS_BACK = {
     "Bamba": {**COMMON, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
     "DeepseekV3": {**COMMON, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
                    "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2},
+    # Its masks alone know of the window.
+    "Qwen2Moe": {**COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                 "shared_expert_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 4,
+                 "max_window_layers": 2},
     "Mamba": {**SIZES, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
 }
 SHORT = {
@@ -112,3 +116,20 @@ def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
     before, after = weights(tmp_path / "start"), weights(tmp_path / "run")
     assert before.keys() == after.keys()
     assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_the_samplers_copy_has_the_buffers_of_the_model():
+    """The biases by which a router chooses its experts are no parameters."""
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "head_dim": 8,
+             "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**COMMON, **sizes)).eval()
+    sampler = Sampler(model, [0], torch.bfloat16)
+    biases = {name: buffer for name, buffer in model.named_buffers() if "bias" in name}
+    assert len(biases) == 2
+    for buffer in biases.values():
+        buffer += torch.randn_like(buffer)
+    sampler.sync()
+    copied = dict(sampler.model.named_buffers())
+    for name, buffer in biases.items():
+        torch.testing.assert_close(copied[name].float(), buffer, atol=0.02, rtol=0)

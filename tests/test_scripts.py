@@ -24,40 +24,29 @@ SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
 # Short runs of each script, deterministic on a CPU.
 PAIRS = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-dataset", TINY / "preferences_test.jsonl"]
 STEPS = ["--dataset", first_rows("steps_train.jsonl", 240), "--eval-dataset", TINY / "steps_test.jsonl"]
-BRIEF = ["--steps", 6, "--eval-every", 0, "--eval-rows", 8]
+BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8]
 FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
        for name in ("demonstrations", "maths", "tools")}  # fmt: skip
+SAMPLED = [*BRIEF, *FEW["maths"], "--batch-size", 4, "--max-completion-tokens", 24]  # room for a guess at once
 NEEDED = {"ppo": ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy"]}  # no default can be met here
 # For data whose groups do not differ, so that no batch could be filled, and no advantage would need a forward.
 EASY = {"dapo": ["--no-dynamic-sampling"], "rlvr_math": ["--beta", 0.1]}
 SHORT = {
-    "sft": [*BRIEF, *FEW["demonstrations"], "--batch-size", 8, "--steps", 12],
-    "grpo": [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4],
-    "dapo": [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--minibatches", 2,
-             "--generation-batch-size", 6],
-    "rlvr_math": [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--eval-samples", 2],
+    "sft": [*BRIEF, *FEW["demonstrations"], "--batch-size", 8, "--steps", 8],
+    "grpo": [*SAMPLED, "--num-samples", 4],
+    "dapo": [*SAMPLED, "--num-samples", 4, "--minibatches", 2, "--generation-batch-size", 6],
+    "rlvr_math": [*SAMPLED, "--num-samples", 4, "--eval-samples", 2],
     "dpo": [*BRIEF, *PAIRS, "--eval-samples", 1, "--batch-size", 8],
     "reward_model": [*BRIEF, *PAIRS, "--batch-size", 8],
-    "ppo": [*BRIEF, *FEW["maths"], *NEEDED["ppo"], "--batch-size", 4, "--update-epochs", 2, "--eval-samples", 1],
+    "ppo": [*SAMPLED, *NEEDED["ppo"], "--update-epochs", 2, "--eval-samples", 1],
     "agentic": [*BRIEF, *FEW["tools"], "--steps", 4, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1],
 }  # fmt: skip
 # The same, and the settings of a script that take another path through its loop.
 CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
     "dapo_other": (
         "dapo",
-        [
-            *SHORT["dapo"],
-            "--surplus",
-            "keep",
-            "--overlong-filtering",
-            "--no-token-level-loss",
-            "--max-completion-tokens",
-            24,
-            "--overlong-cache",
-            8,
-            "--dual-clip",
-            3,
-        ],
+        [*SHORT["dapo"], "--surplus", "keep", "--overlong-filtering", "--no-token-level-loss", "--overlong-cache", 8,
+         "--dual-clip", 3],
     ),
     "rlvr_math_experts": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "expert_iteration", "--save-verified"]),
     "rlvr_math_rloo": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "rloo", "--minibatches", 2, "--beta", 0.1]),
@@ -71,7 +60,7 @@ CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
     "reward_model_process": ("reward_model", [*SHORT["reward_model"], *STEPS, "--kind", "process"]),
     "reward_model_ensemble": ("reward_model", [*SHORT["reward_model"], "--ensemble-size", 2]),
     "ppo_ptx": ("ppo", [*SHORT["ppo"], "--whiten-rewards", "--ptx-dataset", TINY / "demonstrations_test.jsonl"]),
-}
+}  # fmt: skip
 TIMES = ("time/", "memory/", "throughput/")
 
 
@@ -182,10 +171,10 @@ def test_reward_model_learns_and_ppo_follows_it(seed, tmp_path):
 
 def test_base_to_sft_to_reward_model_to_ppo(tmp_path):
     """The first road through the files that each stage leaves, and on by the command that the last one prints."""
-    run("sft", "--steps", 3, "--eval-every", 0, "--output-dir", tmp_path / "sft")
-    start_ = ["--model", tmp_path / "sft" / "model", "--eval-every", 0]
-    run("reward_model", *start_, "--steps", 30, "--output-dir", tmp_path / "rm")
-    flags = ["--reward-model", tmp_path / "rm" / "model", "--steps", 4, "--warmup-steps", 1, "--eval-rows", 96]
+    run("sft", "--steps", 3, "--eval-every", 0, "--eval-rows", 8, "--output-dir", tmp_path / "sft")
+    start_ = ["--model", tmp_path / "sft" / "model", "--eval-every", 0, "--eval-rows", 96]
+    run("reward_model", *start_, "--steps", 24, "--output-dir", tmp_path / "rm")
+    flags = ["--reward-model", tmp_path / "rm" / "model", "--steps", 4, "--warmup-steps", 1, "--eval-samples", 2]
     output = run("ppo", *start_, *flags, "--output-dir", tmp_path / "ppo")
     rows = metrics(tmp_path / "ppo")
     assert rows[-1]["eval/reward"] > rows[0]["eval/reward"] + 0.2
@@ -300,18 +289,17 @@ def test_dpo_detail_4_dapo_detail_7_ppo_detail_13_agentic_detail_6_any_split_is_
 def test_resume_after_kill_9_is_exact_with_other_settings(case, tmp_path):
     script, flags = CASES[case]
     run(script, *flags, "--output-dir", tmp_path / "whole")
-    process = start(script, *flags, "--save-every", 2, "--output-dir", tmp_path / "killed")
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.finish(60)[0] == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "model").exists()
-    run(script, "--resume", tmp_path / "killed")
-    same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
+    killed = tmp_path / "run_to_kill"  # in the middle of writing its last checkpoint
+    flags = [*flags, "--save-every", 2, "--output-dir", killed]
+    process = start(script, *flags, environment={"DIE_AT": "checkpoint file#12"})
+    assert process.finish(200)[0] == -signal.SIGKILL
+    assert list((killed / "checkpoints").glob("step-*")) and not (killed / "model").exists()
+    run(script, "--resume", killed)
+    same(weights(tmp_path / "whole"), weights(killed))
+    assert timeless(tmp_path / "whole") == timeless(killed)
     if (tmp_path / "whole" / "verified.jsonl").exists():
-        whole, killed = ((tmp_path / name / "verified.jsonl").read_text() for name in ("whole", "killed"))
-        assert whole == killed and whole
+        verified = (tmp_path / "whole" / "verified.jsonl").read_text()
+        assert verified and verified == (killed / "verified.jsonl").read_text()
 
 
 @pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT), ("dpo", signal.SIGTERM),
