@@ -28,7 +28,8 @@ SMALL = ["--batch-size", 8, "--num-samples", 8, "--eval-every", 0, "--eval-rows"
 
 def test_another_reward_applies_and_runs(tmp_path):
     changed_copy(0, tmp_path)
-    flags = [*SMALL, "--steps", 10, "--warmup-steps", 1, "--dataset", first_rows("maths_train.jsonl", 240)]
+    flags = [*SMALL, "--steps", 12, "--warmup-steps", 1, "--learning-rate", "6e-4", "--lr-schedule", "constant"]
+    flags += ["--dataset", first_rows("maths_train.jsonl", 240)]
     run("grpo", *flags, "--polite-weight", 1, "--answer-weight", 0, "--output-dir", tmp_path / "run", cwd=tmp_path)
     polite = [row["reward/polite"] for row in metrics(tmp_path / "run")[1:]]
     assert sum(polite[-3:]) / 3 > sum(polite[:3]) / 3 + 0.2

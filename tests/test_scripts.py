@@ -49,7 +49,10 @@ CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
          "--dual-clip", 3],
     ),
     "rlvr_math_experts": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "expert_iteration", "--save-verified"]),
-    "rlvr_math_rloo": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "rloo", "--minibatches", 2, "--beta", 0.1]),
+    "rlvr_math_rloo": (
+        "rlvr_math",
+        [*SHORT["rlvr_math"], "--algorithm", "rloo", "--minibatches", 2, "--beta", 0.1, "--max-completion-tokens", 64],
+    ),
     "agentic_turns": (
         "agentic",
         [*SHORT["agentic"], "--credit", "turn", "--call-cost", 0.1, "--minibatches", 2, "--cohorts", 3, "--beta", 0],
@@ -222,7 +225,8 @@ def test_grpo_with_a_reward_model(tmp_path, tokenizer):
     run("grpo", *SHORT["grpo"], *flags, "--output-dir", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["reward/std"] > 0
     prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "1+1=?"}\n' * 20)  # rows need no answer then
-    run("grpo", *SHORT["grpo"], *flags, "--steps", 1, "--dataset", prompts, "--output-dir", tmp_path / "prompts")
+    run("grpo", *SHORT["grpo"], *flags, "--steps", 1, "--dataset", prompts, "--eval-dataset", prompts,
+        "--output-dir", tmp_path / "prompts")  # fmt: skip
     assert "eval/accuracy" not in metrics(tmp_path / "prompts")[-1]
     config.num_labels = 3
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
