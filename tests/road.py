@@ -29,16 +29,16 @@ class Stage(NamedTuple):
     flags: str = ""
 
 
-# SFT is short: its model has the format and some of the habit, and leaves the later stages something to show.
+# Stages are short, so that each leaves the next one something to show.
 ROAD = {
-    "sft": Stage("sft", "base", "--steps 30"),
-    "reward_model": Stage("reward_model", "sft"),
-    "ppo": Stage("ppo", "sft", "--reward-model {reward_model}"),
+    "sft": Stage("sft", "base", "--steps 8"),
+    "reward_model": Stage("reward_model", "sft", "--epochs 0.6"),
+    "ppo": Stage("ppo", "sft", "--reward-model {reward_model} --steps 15"),
     "dpo": Stage("dpo", "sft"),
-    "grpo": Stage("grpo", "sft"),
-    "dapo": Stage("dapo", "grpo"),
-    "rlvr_math": Stage("rlvr_math", "dapo"),
-    "agentic": Stage("agentic", "rlvr_math"),
+    "grpo": Stage("grpo", "sft", "--steps 15"),
+    "dapo": Stage("dapo", "grpo", "--steps 8"),
+    "rlvr_math": Stage("rlvr_math", "dapo", "--steps 20"),
+    "agentic": Stage("agentic", "rlvr_math", "--steps 20"),
 }
 
 
@@ -92,7 +92,7 @@ def main() -> None:
                 stage = ROAD[name]
                 command = [sys.executable, f"{stage.script}.py", "--model", models[stage.start]]
                 command += [*stage.flags.format(**models).split(), "--seed", str(args.seed)]
-                command += ["--output-dir", str(folder / name), "--overwrite"]
+                command += ["--eval-every", "0", "--output-dir", str(folder / name), "--overwrite"]
                 done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
