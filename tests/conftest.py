@@ -57,6 +57,14 @@ def model():
     return model
 
 
+@pytest.fixture(params=["prompts shared", "prompts copied"])
+def sharing(request, monkeypatch):
+    """Run a test with prompts read once for all samples, and with prompts copied behind each of them."""
+    from common import generation
+
+    monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
+
+
 # Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,
 # and forks a process for every run.
 SERVER = multiprocessing.get_context("forkserver")

@@ -200,12 +200,6 @@ def check_sampler(model, sampler, prompts, budget: int, samples: int = 3) -> lis
     return groups
 
 
-@pytest.fixture(params=["prompts shared", "prompts copied"])
-def sharing(request, monkeypatch):
-    """Run a test with prompts read once for all samples, and with prompts copied behind each of them."""
-    monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
-
-
 def some_prompts(tokenizer) -> list[list[int]]:
     chats = [CHAT[:1], CHAT[:3], [{"role": "system", "content": "Think first."}, CHAT[0]]]
     return [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]

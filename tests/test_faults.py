@@ -1,14 +1,21 @@
 """Nothing a run has produced is lost: killed at ten moments it ends the same, and a full disk takes nothing away."""
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import fails, metrics, run, start, weights
 from test_scripts import SHORT, same, timeless
+
+import grpo
 
 STEPS = 5
 PARTS = ["checkpoint", "training", "evaluation", "log"]  # all that a step goes through
@@ -102,3 +109,54 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(script, disk):
     run(script, *longer, **disk.leave(None))
     assert [r["step"] for r in metrics(folder)] == [0, 1, 2]
     assert {path: path.read_bytes() for path in (folder / "model").iterdir()} != before
+
+
+def test_overwriting_removes_the_sign_of_a_run_last(tmp_path, monkeypatch):
+    """Else, killed half-way, the next start takes the rest for an empty folder, and --resume its old checkpoints."""
+    for name in ("args.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    for name in ("checkpoints", "tensorboard"):
+        (tmp_path / name).mkdir()
+    removed = []
+    monkeypatch.setattr(grpo.shutil, "rmtree", lambda path: removed.append(path.name))
+    monkeypatch.setattr(Path, "unlink", lambda path: removed.append(path.name))
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: sys.exit("all is removed"))
+    with pytest.raises(SystemExit, match="all is removed"):
+        grpo.Run(grpo.Args(output_dir=str(tmp_path), overwrite=True), "grpo", 0, {})
+    assert len(removed) == 4 and removed[-1] == "args.json"
+
+
+def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model):
+    """As the vision tower of a model for texts and pictures: its moments are in no checkpoint."""
+
+    def trained(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(torch.arange(8)[None]).logits.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    model.vision_tower = torch.nn.Linear(4, 4)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, baseline={}, last={}, carried={}, args=grpo.Args())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("")
+    grpo.save_checkpoint(run, 3, model, trained(model))
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert grpo.load_checkpoint(run, model, optimizer, 5) == 3
+    same(saved, model.state_dict())
+    moments = optimizer.state[model.model.norm.weight]
+    assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
+
+
+def test_a_model_that_was_not_saved_after_its_last_checkpoint_is_missing(tmp_path):
+    run, checkpoint = SimpleNamespace(folder=tmp_path), tmp_path / "step-000002"
+    (tmp_path / "model").mkdir()
+    checkpoint.mkdir()
+    for model_time, is_there in ((10, False), (30, True)):
+        os.utime(tmp_path / "model", (model_time, model_time))
+        os.utime(checkpoint, (20, 20))
+        assert grpo.has_saved_model(run, checkpoint) == is_there

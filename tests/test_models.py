@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from conftest import TINY, first_rows, metrics, run, weights
+from conftest import TINY, first_rows, metrics, refuses, run, weights
 from test_common import check_sampler, logprobs_alone
 
-from common import generation
+import grpo
+from common import kl
 from common.generation import Sampler
 from common.kl import has_known_logits, supports_layout, token_logprobs, use_layout
 from common.tokenizer import Segment, load_tokenizer, pack, pack_completions
@@ -64,12 +65,6 @@ def build(kind: str):
         if name.endswith("bias") or "norm" in name:
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model
-
-
-@pytest.fixture(params=["prompts shared", "prompts copied"])
-def sharing(request, monkeypatch):
-    """Run a test with prompts read once for all samples, and with prompts copied behind each of them."""
-    monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -133,3 +128,22 @@ def test_the_samplers_copy_has_the_buffers_of_the_model():
     copied = dict(sampler.model.named_buffers())
     for name, buffer in biases.items():
         torch.testing.assert_close(copied[name].float(), buffer, atol=0.02, rtol=0)
+
+
+def test_logits_of_an_unknown_form_are_refused(tmp_path, tokenizer, monkeypatch):
+    build("Granite").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(kl, "logit_shape", lambda model: kl.PLAIN)
+    assert "GraniteForCausalLM makes its logits in a way" in refuses("grpo", "--model", tmp_path / "model")
+
+
+@pytest.mark.parametrize("rope,longest", [
+    ({"rope_type": "default", "rope_theta": 1e4}, 256),
+    ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}, 128),
+    ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4,
+      "original_max_position_embeddings": 64}, 64),
+])  # fmt: skip
+def test_rotations_that_change_with_the_longest_text_limit_the_context(rope, longest):
+    """Beyond that length a text's log-probabilities would depend on what else is in its batch."""
+    assert grpo.context_length(transformers.LlamaConfig(**COMMON, rope_parameters=rope)) == longest
+    assert grpo.context_length(transformers.MambaConfig(**FALLS_BACK["Mamba"])) > 10**9

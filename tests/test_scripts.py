@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import fields
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def test_numbered_details_are_marked_in_the_code_and_tested(script):
               for n in re.findall(rf"{script}_detail_(\d+)", name)}  # fmt: skip
     assert listed == list(range(1, len(listed) + 1)) and len(listed) > 5
     assert marked == set(listed) and tested == set(listed)
+
+
+EVERYWHERE = """model dataset subset split eval_dataset output_dir resume overwrite seed steps learning_rate
+    warmup_steps lr_schedule weight_decay max_grad_norm batch_size microbatch_tokens max_prompt_tokens
+    max_completion_tokens dtype device gradient_checkpointing eval_every eval_rows save_every log_samples wandb_project
+    trust_remote_code""".split()
+WHERE_IT_APPLIES = {
+    "epochs": ["sft", "reward_model", "dpo"], "num_samples": ["ppo", "grpo", "dapo", "rlvr_math", "agentic"],
+    "temperature": ["sft", "dpo", "ppo", "grpo", "dapo", "rlvr_math", "agentic"],
+}  # fmt: skip
+
+
+def test_flags_of_the_contract_are_there_and_of_one_kind():
+    modules = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo, "grpo": grpo, "dapo": dapo,
+               "rlvr_math": rlvr_math, "agentic": agentic}  # fmt: skip
+    kinds = {name: {field.name: field.type for field in fields(module.Args)} for name, module in modules.items()}
+    for flag in [*EVERYWHERE, *WHERE_IT_APPLIES]:
+        scripts = WHERE_IT_APPLIES.get(flag, list(modules))
+        assert [script for script in scripts if flag not in kinds[script]] == [], flag
+        different = {kinds[script][flag] for script in scripts} - {"int | None"}  # steps may come from epochs
+        assert len(different) == 1 or flag == "dataset", (flag, different)  # sft.py takes several
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -329,6 +351,7 @@ def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
         run(script, *steps, *flags, "--output-dir", tmp_path / name)
     norm = {name: metrics(tmp_path / name)[-1]["optim/grad_norm"] for name in kinds}
     assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
+    same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"), 1e-7)  # after a step of 1e-5
     assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.5)
     assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
 
