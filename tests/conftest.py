@@ -28,6 +28,7 @@ import tyro  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
+PATIENCE = 1500  # seconds for one run, of which a real model on a busy machine takes many
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
 
 
@@ -198,22 +199,22 @@ def finished(
     process's output), by torchrun, or by an interpreter of its own."""
     if processes > 1:
         group = start_several(script, processes, *args, cwd=cwd, **kwargs)
-        deadline = time.time() + 400
+        deadline = time.time() + PATIENCE
         while any(process.poll() is None for process in group) and not any(process.poll() for process in group):
-            assert time.time() < deadline, f"still running after 400 s: {group[0].output.read()[-3000:]}"
+            assert time.time() < deadline, f"still running after {PATIENCE} s: {group[0].output.read()[-3000:]}"
             time.sleep(0.05)
         for process in group:  # where one has failed the others may wait for it for ever
             process.process.kill()
-        done = [process.finish(400) for process in group]
+        done = [process.finish(PATIENCE) for process in group]
         broken = next((output for _, output in done[1:] if "Traceback" in output), "")
         return max((abs(status) for status, _ in done)), done[0][1] + broken
     if not (torchrun or interpreter):
-        return start(script, *args, cwd=cwd, **kwargs).finish(400)
+        return start(script, *args, cwd=cwd, **kwargs).finish(PATIENCE)
     launcher = [sys.executable]
     if torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
     done = subprocess.run(
-        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, text=True, timeout=400, stdout=subprocess.PIPE,
+        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, text=True, timeout=PATIENCE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout
