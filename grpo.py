@@ -957,7 +957,8 @@ class Run:
         if not self.is_main:
             return
         if (self.folder / "args.json").exists() and not args.resume:
-            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "args.json"):  # that last
+            # args.json, by which a run is known, goes last, so that a kill leaves nothing that looks empty.
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "args.json"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "args.json", json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")

@@ -38,7 +38,7 @@ ROAD = {
     "grpo": Stage("grpo", "sft", "--steps 15"),
     "dapo": Stage("dapo", "grpo", "--steps 8"),
     "rlvr_math": Stage("rlvr_math", "dapo", "--steps 20"),
-    "agentic": Stage("agentic", "rlvr_math", "--steps 20 --learning-rate 3e-4"),  # more breaks so sharp a policy
+    "agentic": Stage("agentic", "rlvr_math", "--steps 20 --learning-rate 3e-4"),  # a higher one breaks it
 }
 
 
