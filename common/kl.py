@@ -129,11 +129,14 @@ def packed_attention(layout: Packed, query, key, value, scaling, window) -> torc
 
     Returns: [1, N, H, D].
     """
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [N, H, D]
     outputs = []
     for queries, keys, prefix in layout.blocks:
-        q, k, v = query[queries].transpose(1, 2), key[keys].transpose(1, 2), value[keys].transpose(1, 2)
         width, visible = queries.shape[1], keys.shape[1]
+        q, k, v = (
+            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            for x, index in ((query, queries), (key, keys), (value, keys))
+        )
         windowed = window is not None and window < visible
         mask = None
         if prefix or windowed:
@@ -143,7 +146,7 @@ def packed_attention(layout: Packed, query, key, value, scaling, window) -> torc
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )  # [n, H, Tq, D]
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[layout.unpack][None]
+    return torch.cat(outputs).index_select(0, layout.unpack)[None]
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities
