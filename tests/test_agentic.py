@@ -62,7 +62,7 @@ def fresh_logprobs(model, ids: list[int], temperature: float = 1.0) -> torch.Ten
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_agentic_learns_to_call_its_tools(seed, tmp_path):
-    shorter = ["--steps", 12, "--warmup-steps", 2, "--eval-every", 0, "--eval-samples", 2, "--eval-rows", 40]
+    shorter = ["--steps", 9, "--warmup-steps", 1, "--eval-every", 0, "--eval-samples", 2, "--eval-rows", 40]
     run("agentic", "--seed", seed, *shorter, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
     before, after = rows[0], rows[-1]
@@ -72,7 +72,7 @@ def test_agentic_learns_to_call_its_tools(seed, tmp_path):
     assert after["eval/invalid_call_rate"] <= 0.08
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 1e-5
     assert abs(rows[1]["policy/ratio_max"] - 1) < 1e-5 and max(row["policy/clip_fraction"] for row in rows[1:]) == 0
-    shown = (tmp_path / "transcripts" / "step-000012.txt").read_text()
+    shown = (tmp_path / "transcripts" / "step-000009.txt").read_text()
     assert "turn 1 of the model, TRAINED" in shown and "→ calculator(expression=" in shown
     assert "observed, not trained" in shown and "<|tool|>" in shown
 

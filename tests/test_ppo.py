@@ -254,9 +254,10 @@ def test_ppo_detail_17_beta_0_holds_no_reference_while_it_trains(tmp_path, monke
 def test_plain_reward_function_and_a_critic_from_the_policy(tmp_path):
     """As Tulu 3 does for verifiable rewards."""
     flags = ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy", "--eval-every", 0, "--eval-rows", 96]
-    run("ppo", *flags, "--steps", 10, "--output-dir", tmp_path)
+    run("ppo", *flags, "--steps", 5, "--warmup-steps", 1, "--output-dir", tmp_path)
     rows = metrics(tmp_path)
-    assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.2
+    assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.1
+    assert rows[-1]["eval/accuracy_greedy"] > rows[0]["eval/accuracy_greedy"] + 0.5
     assert rows[-1]["reward/gold"] == rows[-1]["reward/answer"] == rows[-1]["reward/mean"]
 
 

@@ -179,18 +179,18 @@ def test_sft_learns_and_grpo_takes_its_result(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_reward_model_learns_and_ppo_follows_it(seed, tmp_path):
-    run("reward_model", "--seed", seed, "--epochs", 0.7, "--eval-every", 0, "--output-dir", tmp_path / "rm")
+    run("reward_model", "--seed", seed, "--epochs", 0.5, "--eval-every", 0, "--output-dir", tmp_path / "rm")
     before, after = metrics(tmp_path / "rm")[0], metrics(tmp_path / "rm")[-1]
     # 192 pairs: chance stays below 0.58 in 99 of 100. The few right sums that were answered at once are beyond it.
     assert before["eval/accuracy"] < 0.6 and after["eval/accuracy"] >= 0.8
-    flags = ["--reward-model", tmp_path / "rm" / "model", "--seed", seed, *FEWER_ROWS, "--steps", 7]
-    run("ppo", *flags, "--output-dir", tmp_path / "ppo")
+    flags = ["--reward-model", tmp_path / "rm" / "model", "--seed", seed, *FEWER_ROWS]
+    run("ppo", *flags, "--steps", 5, "--warmup-steps", 1, "--output-dir", tmp_path / "ppo")
     rows = metrics(tmp_path / "ppo")
     before, after = rows[0], rows[-1]
-    assert after["eval/reward"] > before["eval/reward"] + 2
-    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.3
+    assert after["eval/reward"] > before["eval/reward"] + 1
+    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.2 and after["eval/accuracy_greedy"] >= 0.9
     assert 0.1 < after["eval/kl"] < ppo.Args.kl_target
-    assert after["value/explained_variance"] > 0.1
+    assert after["value/explained_variance"] > 0.5
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 1e-6
 
 
