@@ -24,7 +24,7 @@ What to look at: `eval/accuracy` rises with `eval/tool_use_rate`, while `eval/ac
 was: what has been learned is the use of the tools. `agent/invalid_call_rate` should fall to near zero within a few
 steps; where it does not, look which of the error counters beside it is high. `agent/turns` at its limit or
 `agent/token_limit` above a few per cent mean that a limit binds. `policy/sampler_gap` should be below 1e-5 in float32
-and around 0.05 in bfloat16. transcripts/ shows trajectories token by token, with what was trained.
+and a few hundredths at most in bfloat16. transcripts/ shows trajectories token by token, with what was trained.
 
 Implementation details that matter, each marked in the code under its number:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.

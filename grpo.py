@@ -20,9 +20,9 @@ Papers: GRPO (DeepSeekMath, arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), RLOO
 What to look at: `reward/mean` and `eval/accuracy` rise together. The loss says nothing: with one update per rollout
 every ratio is 1 and the loss near 0 while its gradient is not, so watch `optim/grad_norm`, and expect
 `policy/clip_fraction` to stay 0 unless --update-epochs or --minibatches exceed 1. `policy/sampler_gap` should be
-below 1e-5 in float32 and around 0.05 in bfloat16. When `groups/all_correct` + `groups/all_wrong` near 1 there is
-nothing left to learn from these prompts. `policy/entropy` falling to 0 early means collapse; length exploding while
-the reward stands still means that something else than answering is being rewarded.
+below 1e-5 in float32 and a few hundredths at most in bfloat16. When `groups/all_correct` + `groups/all_wrong` near 1
+there is nothing left to learn from these prompts. `policy/entropy` falling to 0 early means collapse; length exploding
+while the reward stands still means that something else than answering is being rewarded.
 
 Implementation details that matter, each marked in the code under its number:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise divided by a tiny std.

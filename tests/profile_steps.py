@@ -1,8 +1,8 @@
 """What a training step is spent on: `python tests/profile_steps.py --model SmolLM2-135M-Instruct`.
 
-Of every script the second and third step are run under PyTorch's profiler; the table has the shares of matrix products,
-attention and the optimizer in the time of the process. What is none of them is other operations, Python and waiting.
-`--verbose` lists the largest of the others.
+Of every script the third step is run under PyTorch's profiler; the table has the shares of matrix products, attention
+and the optimizer in the time of the process. What is none of them is other operations, Python and waiting. `--verbose`
+lists the largest of the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLAGS = {
 
 
 def profiled(script: str, flags: list[str]) -> dict:
-    """Run a script in this process, four steps of it; seconds that the second and third spend on each operation."""
+    """Run a script in this process, four steps of it; seconds that the third spends on each operation."""
     import tyro
     from torch.profiler import ProfilerActivity, profile
 
@@ -50,7 +50,7 @@ def profiled(script: str, flags: list[str]) -> dict:
             profiler.stop()
             clock["seconds"] = time.perf_counter() - clock["began"]
         log(run, step, *args, **kwargs)
-        if step == 1:
+        if step == 2:
             profiler.start()
             clock["began"] = time.perf_counter()
 
@@ -72,7 +72,7 @@ def tell(script: str, found: dict, verbose: bool) -> None:
         spent[kind_of(operation)] += seconds
     known = [spent[kind] for kind in KINDS]
     cells = [f"{100 * share / found['seconds']:.0f} %" for share in [*known, sum(known), spent["others"]]]
-    print(f"| `{script}.py` | {found['seconds'] / 2:.2f} | " + " | ".join(cells) + " |", flush=True)
+    print(f"| `{script}.py` | {found['seconds']:.2f} | " + " | ".join(cells) + " |", flush=True)
     largest = sorted(found["operations"].items(), key=lambda item: -item[1])
     for operation, seconds in [item for item in largest if kind_of(item[0]) == "others"][: 12 * verbose]:
         print(f"      {100 * seconds / found['seconds']:5.1f} %  {operation}", flush=True)

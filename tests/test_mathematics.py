@@ -58,6 +58,24 @@ def test_head_in_chunks_equals_full_softmax_with_gradients(shape, monkeypatch):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_autocast_rounds_the_factors_of_logits_and_nothing_else(monkeypatch):
+    """With factors that are bfloat16 numbers already, log-probabilities, entropies and gradients are float32's."""
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(64, 3000, bias=False), torch.randint(3000, (37,))
+    hidden = (4 * torch.randn(37, 64)).bfloat16().float()
+    head.weight.data = head.weight.data.bfloat16().float()
+    monkeypatch.setattr(kl, "_chunks", lambda hidden, weight: [slice(i, i + 5) for i in range(0, len(hidden), 5)])
+    found = {}
+    for is_on in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            logprobs, entropy = head_logprobs(head, leaf, targets)
+            logprobs.sum().backward()
+        found[is_on] = logprobs, entropy, leaf.grad
+    for plain, rounded, tolerance in zip(*found.values(), (1e-5, 1e-5, 1e-2)):  # the gradient's factors are rounded
+        torch.testing.assert_close(rounded, plain, atol=tolerance, rtol=tolerance)
+
+
 def test_head_never_holds_all_logits():
     """Peak extra memory of scoring does not grow with rows × vocabulary: the saved tensors are small."""
     head, hidden = torch.nn.Linear(4, 30_000, bias=False), torch.randn(2000, 4, requires_grad=True)

@@ -349,10 +349,12 @@ def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
     kinds = {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}
     for name, flags in kinds.items():
         run(script, *steps, *flags, "--output-dir", tmp_path / name)
-    norm = {name: metrics(tmp_path / name)[-1]["optim/grad_norm"] for name in kinds}
+    rows = {name: metrics(tmp_path / name)[-1] for name in kinds}
+    norm = {name: row["optim/grad_norm"] for name, row in rows.items()}
     assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
     same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"), 1e-7)  # after a step of 1e-5
-    assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.5)
+    assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.02)
+    assert rows["bf16"].get("policy/sampler_gap", 0) < 2e-3  # logits that are bfloat16 themselves would give twice that
     assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
 
 
