@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
-from common.kl import head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
+from common.kl import grouped_attention, head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
 from common.tokenizer import pad
 
 
@@ -240,7 +240,7 @@ class _Slots:
         self.shared = self.device.type == "cpu" and prompts_bytes >= SHARE_FROM and not has_window
         # One column more than any text has takes what is written for padding.
         self.width = -(-(1 + (columns if self.shared else longest)) // 64) * 64
-        memory = 4e9 if self.device.type == "cpu" else 0.5 * torch.cuda.mem_get_info(self.device)[0]
+        memory = 4e9 if self.device.type == "cpu" else 0.5 * _free_cuda_memory(self.device)
         self.memory = memory if sampler.memory_gb is None else sampler.memory_gb * 1e9
         row_bytes = 2 * config.num_hidden_layers * heads * dim * self.width * sampler.dtype.itemsize
         self.capacity = max(1, min(total, int(self.memory // row_bytes)))
@@ -251,7 +251,7 @@ class _Slots:
         self.token, self.length, self.offset, self.sequence, self.count = torch.zeros(5, self.capacity, **integers)
         self.done = torch.ones(self.capacity, dtype=torch.bool, device=self.device)
         self.budget = torch.zeros(total, **integers)
-        self.stopped = torch.zeros(total, dtype=torch.bool, device=self.device)
+        self.stopped = torch.zeros(total + 1, dtype=torch.bool, device=self.device)  # the last for rows that idle
         # One column more than any budget takes what a row draws between its end and its release.
         self.ids = torch.zeros(total, columns + 1, **integers)
         self.logprobs = torch.zeros(total, columns + 1, device=self.device)
@@ -339,10 +339,7 @@ class _Slots:
         if block.past is not None or is_windowed:
             distance = block.position[:, -query.shape[2] :, None] - block.position[:, None]  # [P, T, W]
             mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        out = grouped_attention(query, key, value, mask, scaling)
         return out.transpose(1, 2)
 
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
@@ -472,7 +469,7 @@ class _Slots:
         self.ids[sequence, column] = token
         self.logprobs[sequence, column] = logprobs
         stopped = torch.isin(token, self.sampler.stop_ids) & ~done
-        self.stopped[sequence] |= stopped
+        self.stopped[sequence.masked_fill(done, self.total)] = stopped  # a row that idles may name a live one's sample
         self.token[rows] = token
         self.count[rows] += (~done).long()
         self.done[rows] = done | stopped | (self.count[rows] >= self.budget[sequence])
@@ -554,13 +551,21 @@ class _Slots:
             kept.pop(next(iter(kept)))  # the oldest
 
 
+def _free_cuda_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, those that PyTorch keeps for tensors to come included."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def _attention(query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few queries a row, with the log-sum-exp of their scores, by which two parts can be merged.
 
     Keys lie transposed: plain products over them beat every fused kernel where queries are so few. query [n, H, T, D],
     scaled, keys [n, H, D, W], values [n, H, W, D], mask [n, W] or None. Returns: [n, H, T, D] and [n, H, T] in float32.
     """
-    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1)).view(*query.shape[:-1], -1).float()
+    # A GPU returns the sums as float32; in bfloat16, as on a CPU, scores near 100 are half a nat apart.
+    as_float32 = {"out_dtype": torch.float32} if query.is_cuda and query.dtype == torch.bfloat16 else {}
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1), **as_float32).view(*query.shape[:-1], -1).float()
     if mask is not None:
         scores += mask[:, None, None]
     highest = scores.amax(-1, keepdim=True)

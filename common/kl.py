@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -58,9 +59,7 @@ class _Probe:
 
     def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
         self.asked.append((layer, tuple(key.shape), tuple(value.shape), window is not None))
-        is_grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
-        return out.transpose(1, 2)
+        return grouped_attention(query, key, value, None, scaling).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -142,11 +141,21 @@ def packed_attention(layout: Packed, query, key, value, scaling, window) -> torc
         if prefix or windowed:
             distance = prefix + torch.arange(width, device=q.device)[:, None] - torch.arange(visible, device=q.device)
             mask = (distance >= 0) & (distance < window) if windowed else distance >= 0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )  # [n, H, Tq, D]
+        out = grouped_attention(q, k, v, mask, scaling)  # [n, H, Tq, D]
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.unpack)[None]
+
+
+def grouped_attention(query, key, value, mask, scaling) -> torch.Tensor:
+    """Attention of [n, H, T, D] to [n, H_kv, W, D], causal where there is no mask. On CUDA no kernel that leaves the
+    scores unstored takes both a mask and fewer keys than queries, so there the keys are repeated."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and mask is not None and query.is_cuda:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
+    )
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities
@@ -181,6 +190,10 @@ def hidden_states(model, batch: Packed, packing: bool = True) -> torch.Tensor:
     if packing and supports_layout(model):
         layout = layout_arguments(batch, batch.ids.device)
         return model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, **layout).last_hidden_state[0]
+    if isinstance(model, FSDPModule):  # each forward gathers weights: processes must make equally many
+        kind = f"models of the kind {model.config.model_type} are not packed"
+        reason = "--no-packing was given" if supports_layout(model) else kind
+        raise SystemExit(f"Several processes train packed rows only, but {reason}. Take one process.")
     outputs = [
         model.base_model(input_ids=batch.ids[0, b.keys], use_cache=False).last_hidden_state[:, b.prefix_length :]
         for b in batch.blocks

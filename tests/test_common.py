@@ -228,6 +228,22 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer, sharing):
     assert [[c.ids for c in g] for g in Sampler(model, stops).generate(prompts, 40, 4, seed=8)] != ids
 
 
+def test_rows_that_idle_beside_live_ones_change_nothing(model, tokenizer, monkeypatch):
+    """A GPU decodes the next power of two of rows, and those without a text may still name a live one's sample."""
+
+    def decode(slots):
+        slots.visible = int((slots.length - slots.offset)[: slots.rows].max()) + 1
+        slots._advance(min(slots.capacity, 1 << (slots.rows - 1).bit_length()))
+
+    monkeypatch.setattr(generation, "SHARE_FROM", 2**60)
+    found = []
+    for _ in range(2):
+        groups = Sampler(model, stop_token_ids(tokenizer)).generate(some_prompts(tokenizer), 40, 8, seed=3)
+        found.append([[(c.ids, c.stopped) for c in group] for group in groups])
+        monkeypatch.setattr(generation._Slots, "decode", decode)
+    assert found[0] == found[1]
+
+
 def test_budget_per_prompt_and_greedy(model, tokenizer, sharing):
     sampler = Sampler(model, stop_token_ids(tokenizer))
     prompts = some_prompts(tokenizer)
