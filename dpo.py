@@ -40,6 +40,7 @@ Implementation details that matter, each marked in the code under its number:
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -54,7 +55,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ import tyro
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -114,6 +115,10 @@ class Args:
     """split of a Hub data set"""
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
+    eval_subset: str | None = None
+    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    eval_split: str | None = None
+    """split of --eval-dataset on the Hub (default: that of --split)"""
     max_prompt_tokens: int = 512
     """longer prompts lose their beginning, the same for both answers"""
     max_completion_tokens: int = 128
@@ -385,7 +390,8 @@ def encode_rows(tokenizer, rows: list[dict], source: str, max_prompt: int, max_c
             dropped["equal answers"] += 1
             continue
         label = None if desirable is None else bool(desirable)
-        examples.append(Example(prompt, completions, label, row.get("answer")))
+        gold = row.get("answer")
+        examples.append(Example(prompt, completions, label, gold if isinstance(gold, str) else None))
     if dropped or +cut:
         reasons = ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
         print(
@@ -488,13 +494,15 @@ def score_reference(run, examples: list[Example], weights: str, args: Args, load
     which are what tokenizer, template and truncation have made of the data.  # detail 3
     """
     everything = [example for e in examples for example in (e, e.mismatch) if example is not None]
-    digest = hashlib.sha256(f"{weights} {args.dtype} {args.device}".encode())
+    device, _, world, bfloat16 = parallel
+    digest = hashlib.sha256(f"{weights} {device.type} {world} {bfloat16}".encode())
     for example in everything:
         digest.update(repr((example.prompt, example.completions)).encode())
     path = run.folder / "reference" / f"{digest.hexdigest()[:16]}.json"
     values = read_round(path, run)
     if values is None:
         values = all_logprobs(load(), everything, args.microbatch_tokens, *parallel)
+        gc.collect()  # a sharded reference points to itself; it must not stay for the training
         write_round(path, values, run)
     for example, value in zip(everything, values):
         example.ref_logprobs = value
@@ -746,7 +754,8 @@ def load_reward_model(args, device, bfloat16: bool):
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
         """Scores [B] of packed rows, or of one row at a time where the head is of another kind."""
         if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-            return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
+            with torch.autocast(device.type, enabled=False):  # which would round scores until they tie
+                return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
         scores = torch.zeros(len(rows), device=device)
         for part in split_by_tokens(rows, args.microbatch_tokens):
             hidden = last_hidden_states(model, [rows[i] for i in part], device).float()
@@ -822,7 +831,8 @@ def rank_samples(tokenizer, questions, numbers, groups, reward_model, judge, pen
     """A reward for each sample of each question: from the reward model, the judge, or 1 for a right answer; less
     `penalty` for one that was cut. And what the judge said."""
     texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in groups]
-    prompts = [as_messages(q["row"].get("prompt") or q["row"]["question"], "user") for q in questions]
+    asked = [q["row"]["prompt"] if q["row"].get("prompt") is not None else q["row"]["question"] for q in questions]
+    prompts = [as_messages(prompt, "user") for prompt in asked]
     readings = []
     if reward_model:
         scores = reward_model([(p, text) for p, row in zip(prompts, texts) for text in row]).tolist() if texts else []
@@ -954,7 +964,7 @@ def main(args: Args) -> dict:
     rows = load_rows(args.dataset, args.subset, args.split, columns)
     if args.eval_dataset or args.dataset == Args.dataset:
         held_out_source = args.eval_dataset or str(TINY / "preferences_test.jsonl")
-        held_out = load_rows(held_out_source, args.subset, args.split, columns)[: args.eval_rows]
+        held_out = load_held_out(args, held_out_source, columns)[: args.eval_rows]
     else:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args.eval_rows, args.seed)
@@ -966,6 +976,8 @@ def main(args: Args) -> dict:
     budget = (longest, args.max_completion_tokens)
     if args.iterations:
         examples, count = [], len(questions := encode_questions(tokenizer, rows, args.dataset, longest))
+        if count < args.iterations:
+            sys.exit(f"--iterations {args.iterations}: {args.dataset} has but {count} prompts to deal out among them.")
         held_out_pairs = [row for row in held_out if all(row.get(c) is not None for c in ("chosen", "rejected"))]
         held_out_questions = encode_questions(tokenizer, held_out[: args.eval_prompts], held_out_source, longest)
     else:
@@ -992,13 +1004,13 @@ def main(args: Args) -> dict:
     policy = load_model(args, device)
     stops = stop_token_ids(tokenizer, policy)
     weights = "" if args.loss in NEEDS_NO_REFERENCE else hash_weights(policy)
-    policy = shard(policy, world, bfloat16)
+    policy = shard(policy, world)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     shown = {"loss/train": "loss", "preference/accuracy": "pair accuracy"}
     run = Run(args, "dpo", rank, {**shown, "eval/preference_accuracy": "held-out pairs", "eval/accuracy": "accuracy"})
 
     def load_reference():
-        return shard(load_model(args, device), world, bfloat16).requires_grad_(False)
+        return shard(load_model(args, device), world).requires_grad_(False)
 
     def score_under_reference(examples: list[Example], load) -> None:
         if args.loss not in NEEDS_NO_REFERENCE:
@@ -1014,6 +1026,8 @@ def main(args: Args) -> dict:
             reference = load_reference() if step else policy
         scores, samples, _ = evaluate_answers(sampler, tokenizer, held_out_questions, args, rank, world)
         drift = evaluate_drift(sampler, tokenizer, held_out_questions, reference, args, style, parallel)
+        del reference
+        gc.collect()
         return {**metrics, **scores, **drift}, samples
 
     def fresh_examples(iteration: int) -> tuple[list[Example], dict]:
@@ -1026,7 +1040,9 @@ def main(args: Args) -> dict:
             drawn = sample_pairs(new_sampler(), tokenizer, part, (reward_model, judge), args, seed, rank, world)
             write_round(path, drawn, run)
         examples = [Example(prompt, [chosen, rejected]) for prompt, chosen, rejected in drawn[0]]
-        if args.loss == "kto":
+        if args.loss == "kto" and len({tuple(example.prompt) for example in examples}) < 2:
+            examples = []  # no other prompt whose answers could be the baseline
+        elif args.loss == "kto":
             examples = split_pairs(examples, args.seed + iteration, f"iteration {iteration}")
         score_under_reference(examples, load_reference)
         return examples, drawn[1]
@@ -1155,6 +1171,12 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
+        row = rows[number - 1] = without_nulls(row)
+        if isinstance(row.get("tools"), str):
+            try:
+                row["tools"] = json.loads(row["tools"])
+            except ValueError:
+                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -1170,6 +1192,13 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     return rows
 
 
+def without_nulls(value):
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def is_conversation(value) -> bool:
     """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
 
@@ -1177,6 +1206,19 @@ def is_conversation(value) -> bool:
         return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
 
     return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
+
+
+def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of `source`, which --eval-dataset has named or stands for it."""
+    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
+    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    split = args.eval_split or args.split
+    if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
+        sys.exit(
+            f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "
+            "--eval-split (test, for example), or leave --eval-dataset out, and some rows are set aside."
+        )
+    return load_rows(source, subset, split, columns)
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -1199,7 +1241,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Processes wait for one that samples, judges or grades longer than the others: ten minutes would be too few.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
@@ -1264,12 +1307,12 @@ def load_model(args, device, from_scratch: bool = False):
     return model.train(args.gradient_checkpointing)
 
 
-def shard(model, world: int, bfloat16: bool):
-    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+def shard(model, world: int):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
+    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
     if world > 1:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module)
         fully_shard(model)
         model.sharded_token_logprobs = partial(local_token_logprobs, model)
         register_fsdp_forward_method(model, "sharded_token_logprobs")
@@ -1279,11 +1322,17 @@ def shard(model, world: int, bfloat16: bool):
 def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
     """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):  # which clipping turns into weights that are no numbers
+        sys.exit(
+            f"The gradient's norm is {norm}, though the loss is finite: the run has diverged and stops before its "
+            "weights are harmed. Lower --learning-rate. If it has a checkpoint, --resume goes on from there."
+        )
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
@@ -1497,7 +1546,11 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        unused = [o for o in optimizers if not o.state]
         weights, moments = sharded.get_state_dict(model, optimizer)
+        for state in [state for o in unused for state in o.state.values()]:
+            state["step"].zero_()  # to have moments at all PyTorch has made a step, which must not count
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)

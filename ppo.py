@@ -64,7 +64,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -76,7 +76,7 @@ import tyro
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -124,6 +124,10 @@ class Args:
     """split of a Hub data set"""
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
+    eval_subset: str | None = None
+    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    eval_split: str | None = None
+    """split of --eval-dataset on the Hub (default: that of --split)"""
     max_prompt_tokens: int = 512
     """rows with a longer prompt are dropped"""
     max_completion_tokens: int = 64
@@ -428,7 +432,8 @@ def load_reward_model(args, device, bfloat16: bool):
     def score_rows(model, rows: list[list[int]]) -> torch.Tensor:
         """Scores [B] of packed rows, or of one row at a time where the head is of another kind."""
         if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-            return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
+            with torch.autocast(device.type, enabled=False):  # which would round scores until they tie
+                return torch.stack([model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in rows])
         scores = torch.zeros(len(rows), device=device)
         for part in split_by_tokens(rows, args.microbatch_tokens):
             hidden = last_hidden_states(model, [rows[i] for i in part], device).float()
@@ -585,14 +590,12 @@ def local_scores(model, packed: Packed, positions: torch.Tensor) -> torch.Tensor
         return model.score(hidden.float())[:, 0]
 
 
-def shard_reward_model(model, world: int, bfloat16: bool):
-    """FSDP2 as in `shard`, with the head apart, which stays float32."""
+def shard_reward_model(model, world: int):
+    """FSDP2 as in `shard`, around the method that gives scores."""
     if world > 1:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
-            fully_shard(module, mp_policy=policy)
-        fully_shard(model.score)
-        fully_shard(model, mp_policy=policy)
+            fully_shard(module)
+        fully_shard(model)
         model.sharded_scores = partial(local_scores, model)
         register_fsdp_forward_method(model, "sharded_scores")
     return model
@@ -788,7 +791,7 @@ def main(args: Args) -> dict:
     rows = load_rows(args.dataset, args.subset, args.split, columns)
     if args.eval_dataset or args.dataset == Args.dataset:
         held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
-        held_out = load_rows(held_out_source, args.subset, args.split, columns)[: args.eval_rows]
+        held_out = load_held_out(args, held_out_source, columns)[: args.eval_rows]
     else:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args.eval_rows, args.seed)
@@ -815,12 +818,12 @@ def main(args: Args) -> dict:
     parallel = (device, rank, world, bfloat16)
     policy = load_model(args, device)
     stops = stop_token_ids(tokenizer, policy)
-    policy = shard(policy, world, bfloat16)
+    policy = shard(policy, world)
     reward_model = load_reward_model(args, device, bfloat16) if args.reward_model != "none" else None
-    critic = shard_reward_model(load_critic(args, tokenizer, device), world, bfloat16)
+    critic = shard_reward_model(load_critic(args, tokenizer, device), world)
 
     def load_reference():
-        return shard(load_model(args, device), world, bfloat16).requires_grad_(False)
+        return shard(load_model(args, device), world).requires_grad_(False)
 
     reference = load_reference() if args.beta else None  # detail 17
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
@@ -1055,6 +1058,12 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
+        row = rows[number - 1] = without_nulls(row)
+        if isinstance(row.get("tools"), str):
+            try:
+                row["tools"] = json.loads(row["tools"])
+            except ValueError:
+                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -1070,6 +1079,13 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     return rows
 
 
+def without_nulls(value):
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def is_conversation(value) -> bool:
     """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
 
@@ -1077,6 +1093,19 @@ def is_conversation(value) -> bool:
         return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
 
     return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
+
+
+def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of `source`, which --eval-dataset has named or stands for it."""
+    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
+    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    split = args.eval_split or args.split
+    if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
+        sys.exit(
+            f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "
+            "--eval-split (test, for example), or leave --eval-dataset out, and some rows are set aside."
+        )
+    return load_rows(source, subset, split, columns)
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -1099,7 +1128,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Processes wait for one that samples, judges or grades longer than the others: ten minutes would be too few.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
@@ -1164,12 +1194,12 @@ def load_model(args, device, from_scratch: bool = False):
     return model.train(args.gradient_checkpointing)
 
 
-def shard(model, world: int, bfloat16: bool):
-    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+def shard(model, world: int):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
+    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
     if world > 1:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module)
         fully_shard(model)
         model.sharded_token_logprobs = partial(local_token_logprobs, model)
         register_fsdp_forward_method(model, "sharded_token_logprobs")
@@ -1179,11 +1209,17 @@ def shard(model, world: int, bfloat16: bool):
 def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
     """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):  # which clipping turns into weights that are no numbers
+        sys.exit(
+            f"The gradient's norm is {norm}, though the loss is finite: the run has diverged and stops before its "
+            "weights are harmed. Lower --learning-rate. If it has a checkpoint, --resume goes on from there."
+        )
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
@@ -1397,7 +1433,11 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        unused = [o for o in optimizers if not o.state]
         weights, moments = sharded.get_state_dict(model, optimizer)
+        for state in [state for o in unused for state in o.state.values()]:
+            state["step"].zero_()  # to have moments at all PyTorch has made a step, which must not count
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)

@@ -63,7 +63,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -76,7 +76,7 @@ import tyro
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -115,6 +115,10 @@ class Args:
     """split of a Hub data set"""
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
+    eval_subset: str | None = None
+    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    eval_split: str | None = None
+    """split of --eval-dataset on the Hub (default: that of --split)"""
     reference_dataset: str | None = None
     """demonstrations to normalise scores on; by default the embedded ones, or else the chosen held-out answers"""
     max_prompt_tokens: int = 512
@@ -386,7 +390,11 @@ def encode_solution(tokenizer, row: dict, where: str, separator: str) -> Encoded
     for step in steps:
         ids += encode_text(tokenizer, step, by_assistant=True) + encode_text(tokenizer, separator)  # detail 10
         ends.append(len(ids))
-    return Encoded(encode_prompt(tokenizer, row["prompt"]), [ids], [ends], [bool(label) for label in labels])
+    try:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+    except (TemplateError, ValueError):
+        return "the chat template refuses them"
+    return Encoded(prompt, [ids], [ends], [bool(label) for label in labels])
 
 
 def encode_examples(tokenizer, rows: list[dict], source: str, args: Args, context: int) -> list[Encoded]:
@@ -422,7 +430,7 @@ def row_messages(row: dict) -> tuple[list[dict], list[dict]]:
     """The messages of a row up to its last assistant turn, and that turn."""
     if "messages" in row:
         return row["messages"][:-1], row["messages"][-1:]
-    if "completion" in row:
+    if "prompt" in row and "completion" in row:
         return as_messages(row["prompt"], "user"), as_messages(row["completion"], "assistant")
     return as_messages(row["question"], "user"), as_messages(row["answer"], "assistant")
 
@@ -434,7 +442,8 @@ def encode_references(tokenizer, args: Args, held_out: list[Encoded], context: i
         return []
     if source is None:
         return [e._replace(completions=e.completions[:1], ends=e.ends[:1]) for e in held_out]
-    rows = load_rows(source, args.subset, args.split, COLUMNS["reference"])[: args.eval_rows]
+    subset = args.subset if source == args.dataset else None
+    rows = load_rows(source, subset, args.split, COLUMNS["reference"])[: args.eval_rows]
     pairs = [row_messages(row) for row in rows]
     if not tokenizer.chat_template:
         pairs = [("".join(m["content"] for m in before), after[0]["content"]) for before, after in pairs]
@@ -527,7 +536,12 @@ def complete_prompts(args: Args, tokenizer, rows: dict[int, dict], device, conte
     model = load_model(args, device)
     sampler = Sampler(model, stop_token_ids(tokenizer, model), torch.bfloat16 if bfloat16 else torch.float32)
     prompts = {i: row["prompt"] if row.get("prompt") is not None else row["question"] for i, row in rows.items()}
-    ids = {i: encode_prompt(tokenizer, prompt) for i, prompt in prompts.items()}
+    ids = {}
+    for i, prompt in prompts.items():
+        try:
+            ids[i] = encode_prompt(tokenizer, prompt)
+        except (TemplateError, ValueError):  # what the template refuses cannot be asked
+            ids[i] = []
     kept = [i for i in rows if 0 < len(ids[i]) <= min(args.max_prompt_tokens, context - 1)]
     budgets = [min(args.max_completion_tokens, context - len(ids[i])) for i in kept]
     with tqdm(total=2 * len(kept), desc="sampling", leave=False, disable=None) as bar:
@@ -549,7 +563,7 @@ def ai_feedback(args: Args, rows: list[dict], tokenizer, run: Run, context: int,
     if kept[0] is not None:
         return [json.loads(line) for line in kept[0].split("\n") if line]
     mine = {i: rows[i] for i in range(rank, len(rows), world)}
-    if bare := {i: row for i, row in mine.items() if row.get("chosen") is None}:
+    if bare := {i: row for i, row in mine.items() if row.get("chosen") is None or row.get("rejected") is None}:
         mine = {i: mine[i] for i in mine.keys() - bare.keys()}
         mine |= complete_prompts(args, tokenizer, bare, device, context, bfloat16)
     read = {i: read_comparison({**mine[i], "chosen_probability": 1.0}, f"{args.dataset}, row {i + 1}") for i in mine}
@@ -565,12 +579,14 @@ def ai_feedback(args: Args, rows: list[dict], tokenizer, run: Run, context: int,
     labelled = []
     for _, row, pair, first, swapped in judged:
         probability = judged_probability(first, swapped)
-        chosen, rejected = pair.completions if probability >= 0.5 else pair.completions[::-1]
+        sign, (chosen, rejected) = (1, pair.completions) if probability >= 0.5 else (-1, pair.completions[::-1])
         pair_row = {"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}
+        if pair.margin:  # detail 5: turned with the pair
+            pair_row["margin"] = sign * pair.margin
         labelled.append({**row, **pair_row, "chosen_probability": max(probability, 1 - probability)})
     if run.is_main:
         report_flips([row[3:] for row in judged], len(rows))
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in labelled))
+        write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in labelled))
     return labelled
 
 
@@ -737,7 +753,7 @@ def main(args: Args) -> dict:
     rows = load_rows(source, args.subset, args.split, COLUMNS["judge" if args.judge else args.kind])
     held_out_source = args.eval_dataset or (f"{embedded}_test.jsonl" if args.dataset is None else None)
     if held_out_source:
-        held_out = load_rows(held_out_source, args.subset, args.split, COLUMNS[args.kind])[: args.eval_rows]
+        held_out = load_held_out(args, held_out_source, COLUMNS[args.kind])[: args.eval_rows]
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     context = context_length(load_config(args.model, args.trust_remote_code))
     run = None
@@ -756,7 +772,7 @@ def main(args: Args) -> dict:
     members = torch.nn.ModuleList()
     optimizers, orders = [], []
     for k in range(args.ensemble_size):  # detail 8
-        members.append(shard_reward_model(load_reward_backbone(args, device, k), world, bfloat16))
+        members.append(shard_reward_model(load_reward_backbone(args, device, k), world))
         settings = {"weight_decay": args.weight_decay, "betas": (0.9, 0.95), "fused": True}
         optimizers.append(torch.optim.AdamW(members[k].parameters(), **settings))
         shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + k)  # detail 12
@@ -896,14 +912,12 @@ def load_reward_backbone(args: Args, device, member: int):
     return model.train(args.gradient_checkpointing)
 
 
-def shard_reward_model(model, world: int, bfloat16: bool):
-    """FSDP2 as in `shard`, with the head apart, which stays float32."""
+def shard_reward_model(model, world: int):
+    """FSDP2 as in `shard`, around the method that gives scores."""
     if world > 1:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
-            fully_shard(module, mp_policy=policy)
-        fully_shard(model.score)
-        fully_shard(model, mp_policy=policy)
+            fully_shard(module)
+        fully_shard(model)
         model.sharded_scores = partial(local_scores, model)
         register_fsdp_forward_method(model, "sharded_scores")
     return model
@@ -929,7 +943,11 @@ def save_reward_models(run: Run, members, tokenizer, constants, endings: set[int
         # that very token, no pad token is named, so that a batch is refused instead of read at the wrong place.
         pad = tokenizer.pad_token_id
         config.get_text_config().pad_token_id = None if pad in endings else pad
-        model.save_pretrained(folder, state_dict={name: value.to(config.dtype) for name, value in state.items()})
+        weights = {
+            name: value.to(config.dtype) if value.is_floating_point() and not name.startswith("score.") else value
+            for name, value in state.items()
+        }  # the head stays float32, with which the constants were measured
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
     if run.is_main:
         shutil.rmtree(run.folder / "model", ignore_errors=True)
@@ -969,6 +987,12 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
+        row = rows[number - 1] = without_nulls(row)
+        if isinstance(row.get("tools"), str):
+            try:
+                row["tools"] = json.loads(row["tools"])
+            except ValueError:
+                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -984,6 +1008,13 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     return rows
 
 
+def without_nulls(value):
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def is_conversation(value) -> bool:
     """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
 
@@ -991,6 +1022,19 @@ def is_conversation(value) -> bool:
         return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
 
     return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
+
+
+def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of `source`, which --eval-dataset has named or stands for it."""
+    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
+    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    split = args.eval_split or args.split
+    if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
+        sys.exit(
+            f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "
+            "--eval-split (test, for example), or leave --eval-dataset out, and some rows are set aside."
+        )
+    return load_rows(source, subset, split, columns)
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -1013,7 +1057,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Processes wait for one that samples, judges or grades longer than the others: ten minutes would be too few.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
@@ -1081,11 +1126,17 @@ def load_model(args, device, from_scratch: bool = False):
 def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
     """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):  # which clipping turns into weights that are no numbers
+        sys.exit(
+            f"The gradient's norm is {norm}, though the loss is finite: the run has diverged and stops before its "
+            "weights are harmed. Lower --learning-rate. If it has a checkpoint, --resume goes on from there."
+        )
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
@@ -1299,7 +1350,11 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        unused = [o for o in optimizers if not o.state]
         weights, moments = sharded.get_state_dict(model, optimizer)
+        for state in [state for o in unused for state in o.state.values()]:
+            state["step"].zero_()  # to have moments at all PyTorch has made a step, which must not count
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)

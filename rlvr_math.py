@@ -75,7 +75,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from fractions import Fraction
 from functools import partial
 from itertools import combinations
@@ -90,7 +90,7 @@ import tyro
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -142,6 +142,10 @@ class Args:
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset; with --evaluate-only
     those of --dataset itself"""
+    eval_subset: str | None = None
+    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    eval_split: str | None = None
+    """split of --eval-dataset on the Hub (default: that of --split)"""
     template: Literal["chat", "r1_zero"] = "chat"
     """how a question becomes a prompt: the model's chat template, or for base models that of R1-Zero"""
     instruction: str = ""
@@ -912,7 +916,7 @@ def load_reranker(args: Args, device, bfloat16: bool):
     def encode(prompt, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the places where scores are read."""
         if not is_process:
-            if tokenizer.chat_template:
+            if tokenizer.chat_template or not isinstance(prompt, str):
                 chat = [*as_messages(prompt, "user"), {"role": "assistant", "content": text}]
                 ids = render_chat(tokenizer, chat).ids
             else:
@@ -945,7 +949,10 @@ def load_reranker(args: Args, device, bfloat16: bool):
         return found
 
     def reranker(pairs: list[tuple]) -> list[float]:
-        rows = [encode(prompt, text) for prompt, text in pairs]
+        try:
+            rows = [encode(prompt, text) for prompt, text in pairs]
+        except TemplateError as error:
+            sys.exit(f"{flag} {path}: its chat template refuses a prompt of the data ({first_line(error)}).")
         members_scores = zip(*(scores_of(model, rows) for model in members))
         values = [torch.stack(scores).mean(0).sigmoid() for scores in members_scores]
         join = torch.amin if getattr(config, "reward_aggregation", "product") == "min" else torch.prod
@@ -1306,14 +1313,14 @@ def main(args: Args) -> dict:
     stop = catch_stop_signals()
     verifier = Verifier(args.grading_workers, args.grading_seconds)
     patient = Verifier(args.grading_workers, 10 * args.grading_seconds)  # for gold answers, of which none is hostile
-    subset = args.subset or ("main" if args.dataset == "openai/gsm8k" else None)
+    args.subset = args.subset or ("main" if args.dataset == "openai/gsm8k" else None)
 
     # Data, before any model is loaded.
     columns = tuple((q, a) for a in ("answer", "solution") for q in ("prompt", "question", "problem"))
-    rows = load_rows(args.dataset, subset, args.split, columns)
+    rows = load_rows(args.dataset, args.subset, args.split, columns)
     if args.eval_dataset or args.dataset == Args.dataset:
         held_out_source = args.eval_dataset or str(TINY / "maths_test.jsonl")
-        held_out = load_rows(held_out_source, subset, args.split, columns)
+        held_out = load_held_out(args, held_out_source, columns)
     elif args.evaluate_only:
         held_out_source, held_out = args.dataset, rows
     else:
@@ -1338,10 +1345,10 @@ def main(args: Args) -> dict:
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     policy = load_model(args, device)
     stops = stop_token_ids(tokenizer, policy)
-    policy = shard(policy, world, bfloat16)
+    policy = shard(policy, world)
     reference = None
     if args.beta and not args.evaluate_only:
-        reference = shard(load_model(args, device), world, bfloat16).requires_grad_(False)
+        reference = shard(load_model(args, device), world).requires_grad_(False)
     reranker = load_reranker(args, device, bfloat16) if args.reranker else None
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     shown = {"reward/mean": "reward", "policy/entropy_generated": "entropy", "eval/accuracy": "accuracy"}
@@ -1599,6 +1606,12 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
+        row = rows[number - 1] = without_nulls(row)
+        if isinstance(row.get("tools"), str):
+            try:
+                row["tools"] = json.loads(row["tools"])
+            except ValueError:
+                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -1614,6 +1627,13 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     return rows
 
 
+def without_nulls(value):
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def is_conversation(value) -> bool:
     """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
 
@@ -1621,6 +1641,19 @@ def is_conversation(value) -> bool:
         return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
 
     return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
+
+
+def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of `source`, which --eval-dataset has named or stands for it."""
+    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
+    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    split = args.eval_split or args.split
+    if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
+        sys.exit(
+            f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "
+            "--eval-split (test, for example), or leave --eval-dataset out, and some rows are set aside."
+        )
+    return load_rows(source, subset, split, columns)
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -1643,7 +1676,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Processes wait for one that samples, judges or grades longer than the others: ten minutes would be too few.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
@@ -1708,12 +1742,12 @@ def load_model(args, device, from_scratch: bool = False):
     return model.train(args.gradient_checkpointing)
 
 
-def shard(model, world: int, bfloat16: bool):
-    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+def shard(model, world: int):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
+    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
     if world > 1:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module)
         fully_shard(model)
         model.sharded_token_logprobs = partial(local_token_logprobs, model)
         register_fsdp_forward_method(model, "sharded_token_logprobs")
@@ -1723,11 +1757,17 @@ def shard(model, world: int, bfloat16: bool):
 def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
     """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):  # which clipping turns into weights that are no numbers
+        sys.exit(
+            f"The gradient's norm is {norm}, though the loss is finite: the run has diverged and stops before its "
+            "weights are harmed. Lower --learning-rate. If it has a checkpoint, --resume goes on from there."
+        )
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
@@ -1941,7 +1981,11 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        unused = [o for o in optimizers if not o.state]
         weights, moments = sharded.get_state_dict(model, optimizer)
+        for state in [state for o in unused for state in o.state.values()]:
+            state["step"].zero_()  # to have moments at all PyTorch has made a step, which must not count
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)

@@ -42,7 +42,7 @@ import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -54,7 +54,7 @@ import tyro
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -62,7 +62,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.generation import Sampler
-from common.kl import has_known_logits, local_token_logprobs, token_logprobs, use_layout
+from common.kl import has_known_logits, local_token_logprobs, supports_layout, token_logprobs, use_layout
 from common.tokenizer import (
     Segment,
     as_messages,
@@ -91,6 +91,10 @@ class Args:
     """split of a Hub data set"""
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
+    eval_subset: str | None = None
+    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    eval_split: str | None = None
+    """split of --eval-dataset on the Hub (default: that of --split)"""
     max_prompt_tokens: int = 512
     """rows with more tokens than this before the assistant's first are dropped"""
     max_completion_tokens: int = 128
@@ -225,7 +229,7 @@ def row_messages(row: dict) -> tuple[list[dict], list[dict]]:
     """The messages of a row up to its last assistant turn, and that turn."""
     if "messages" in row:
         return row["messages"][:-1], row["messages"][-1:]
-    if "completion" in row:
+    if "prompt" in row and "completion" in row:
         return as_messages(row["prompt"], "user"), as_messages(row["completion"], "assistant")
     return as_messages(row["question"], "user"), as_messages(row["answer"], "assistant")
 
@@ -233,7 +237,7 @@ def row_messages(row: dict) -> tuple[list[dict], list[dict]]:
 def render_row(tokenizer, row: dict, loss_on: str) -> Segment:
     """Token ids of a row and which of them are trained."""
     eos = tokenizer.eos_token_id
-    if "text" in row:
+    if not any(all(c in row for c in group) for group in COLUMNS[:-1]):  # text is what a row is read as last
         ids = encode_text(tokenizer, row["text"]) + [eos]
         return Segment(ids, [True] * len(ids))
     before, after = row_messages(row)
@@ -378,7 +382,7 @@ def main(args: Args) -> dict:
     sources = [load_rows(name, args.subset, args.split, COLUMNS) for name in args.dataset]
     if args.eval_dataset or args.dataset == Args.dataset:
         held_out_source = args.eval_dataset or str(TINY / "demonstrations_test.jsonl")
-        held_out = load_rows(held_out_source, args.subset, args.split, COLUMNS)[: args.eval_rows]
+        held_out = load_held_out(args, held_out_source, COLUMNS)[: args.eval_rows]
     else:
         held_out_source = f"rows held out of {args.dataset[0]}"
         sources[0], held_out = hold_out(sources[0], args.eval_rows, args.seed)
@@ -389,7 +393,8 @@ def main(args: Args) -> dict:
     rendered = [render_rows(tokenizer, rows, name, args, context) for name, rows in zip(args.dataset, sources)]
     held_out_segments = render_rows(tokenizer, held_out, held_out_source, args, context)
     # Questions whose answer can be checked are sampled as well, if a completion fits behind them.
-    questions = [row for row in held_out if isinstance(row.get("answer"), str) and "messages" not in row]
+    asked = [row for row in held_out if "messages" not in row and ("prompt" in row or "question" in row)]
+    questions = [row for row in asked if isinstance(row.get("answer"), str)]
     room = min(args.max_prompt_tokens, context - args.max_completion_tokens)
     questions = encode_questions(tokenizer, questions, held_out_source, room) if room > 0 else []
 
@@ -401,10 +406,12 @@ def main(args: Args) -> dict:
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     model = load_model(args, device, args.from_scratch)
     stops = stop_token_ids(tokenizer, model)
-    model = shard(model, world, bfloat16)
+    model = shard(model, world)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     noise_lengths: list[torch.Tensor] = []  # holds the document lengths of a microbatch while it is trained on
     if args.neftune_alpha:
+        if not supports_layout(model):
+            sys.exit(f"--neftune-alpha needs packed rows, and models such as --model {args.model} are not packed.")
         add_neftune(model, noise_lengths, args.neftune_alpha)
     run = Run(args, "sft", rank, {"loss/train": "loss", "eval/loss": "held-out loss", "eval/accuracy": "accuracy"})
 
@@ -544,6 +551,12 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             sys.exit(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}.")
+        row = rows[number - 1] = without_nulls(row)
+        if isinstance(row.get("tools"), str):
+            try:
+                row["tools"] = json.loads(row["tools"])
+            except ValueError:
+                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -559,6 +572,13 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
     return rows
 
 
+def without_nulls(value):
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def is_conversation(value) -> bool:
     """Whether `value` is text, or a list of messages; those that call tools may lack a content."""
 
@@ -566,6 +586,19 @@ def is_conversation(value) -> bool:
         return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
 
     return isinstance(value, str) or isinstance(value, list) and all(map(is_message, value))
+
+
+def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
+    """The rows of `source`, which --eval-dataset has named or stands for it."""
+    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
+    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    split = args.eval_split or args.split
+    if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
+        sys.exit(
+            f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "
+            "--eval-split (test, for example), or leave --eval-dataset out, and some rows are set aside."
+        )
+    return load_rows(source, subset, split, columns)
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -588,7 +621,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Processes wait for one that samples, judges or grades longer than the others: ten minutes would be too few.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return chosen, int(os.environ.get("RANK", 0)), world
 
 
@@ -653,12 +687,12 @@ def load_model(args, device, from_scratch: bool = False):
     return model.train(args.gradient_checkpointing)
 
 
-def shard(model, world: int, bfloat16: bool):
-    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer."""
+def shard(model, world: int):
+    """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
+    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
     if world > 1:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module)
         fully_shard(model)
         model.sharded_token_logprobs = partial(local_token_logprobs, model)
         register_fsdp_forward_method(model, "sharded_token_logprobs")
@@ -668,11 +702,17 @@ def shard(model, world: int, bfloat16: bool):
 def optimizer_step(model, optimizer, max_norm: float, rate: float) -> float:
     """Clip the gradients' global norm, step at learning rate `rate`, clear them; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):  # which clipping turns into weights that are no numbers
+        sys.exit(
+            f"The gradient's norm is {norm}, though the loss is finite: the run has diverged and stops before its "
+            "weights are harmed. Lower --learning-rate. If it has a checkpoint, --resume goes on from there."
+        )
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
 
 
 def learning_rate_at(step: int, steps: int, args) -> float:
@@ -886,7 +926,11 @@ def save_checkpoint(run: Run, step: int, model, optimizer) -> None:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        unused = [o for o in optimizers if not o.state]
         weights, moments = sharded.get_state_dict(model, optimizer)
+        for state in [state for o in unused for state in o.state.values()]:
+            state["step"].zero_()  # to have moments at all PyTorch has made a step, which must not count
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a single process is told that it is one
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)

@@ -442,3 +442,21 @@ def test_unpaired_rows_and_a_reward_model(tmp_path, tokenizer):
     (tmp_path / "lm" / "config.json").write_text(json.dumps(broken))
     told = refuses("dpo", *SHORT, "--iterations", 1, "--reward-model", tmp_path / "lm", "--dataset", prompts)
     assert "no reward model, its weights lack score.weight" in told
+
+
+def test_an_empty_prompt_is_ranked_as_what_it_is(tokenizer):
+    questions = [{"row": {"prompt": "", "answer": "4"}, "gold": "4"}]
+    groups = [[SimpleNamespace(ids=tokenizer.encode("<answer>4</answer>"), stopped=True)]]
+    rewards, _ = dpo.rank_samples(tokenizer, questions, [0], groups, None, None, 0.0)
+    assert rewards == [[1.0]]
+
+
+def test_iterations_need_a_prompt_each(tmp_path):
+    told = refuses("dpo", "--iterations", 99, "--dataset", first_rows("preferences_train.jsonl", 20),
+                   "--eval-dataset", first_rows("preferences_train.jsonl", 20), "--output-dir", tmp_path)  # fmt: skip
+    assert "--iterations 99" in told and "20 prompts" in told
+
+
+def test_answers_that_are_lists_are_no_gold(tokenizer):
+    row = {"prompt": "1+1=?", "chosen": "2", "rejected": "3", "answer": ["2", "two"]}
+    assert dpo.encode_rows(tokenizer, [row], "rows", 99, 99)[0].gold is None

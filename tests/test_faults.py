@@ -152,6 +152,36 @@ def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model
     assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
 
 
+def test_a_checkpoint_before_the_first_step_leaves_the_optimizer_unused(tmp_path, model):
+    """As where all first rollouts have taught nothing: PyTorch makes a step to have moments that it can save."""
+    run = SimpleNamespace(folder=tmp_path, is_main=True, baseline={}, last={}, carried={}, args=grpo.Args())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = []
+    for kind in ("undisturbed", "saved", "resumed"):
+        model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        if kind == "saved":
+            grpo.save_checkpoint(run, 3, model, optimizer)
+        elif kind == "resumed":
+            assert grpo.load_checkpoint(run, model, optimizer, 5) == 3
+        model(torch.arange(8)[None]).logits.logsumexp(-1).sum().backward()
+        grpo.optimizer_step(model, optimizer, 1.0, 1e-3)
+        trained.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert any((trained[0][name] != start[name]).any() for name in start)
+    same(trained[0], trained[1])
+    same(trained[0], trained[2])
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    (model(torch.arange(8)[None]).logits.sum() * float("inf")).backward()
+    with pytest.raises(SystemExit, match="norm is (inf|nan)"):
+        grpo.optimizer_step(model, optimizer, 1.0, 1e-3)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_model_that_was_not_saved_after_its_last_checkpoint_is_missing(tmp_path):
     run, checkpoint = SimpleNamespace(folder=tmp_path), tmp_path / "step-000002"
     (tmp_path / "model").mkdir()

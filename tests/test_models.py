@@ -113,6 +113,12 @@ def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
     assert any((before[name] != after[name]).any() for name in before)
 
 
+def test_noise_in_embeddings_needs_packed_rows(tmp_path, tokenizer):
+    build("Gemma2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert "are not packed" in refuses("sft", "--model", tmp_path / "model", "--neftune-alpha", 5)
+
+
 def test_the_samplers_copy_has_the_buffers_of_the_model():
     """The biases by which a router chooses its experts are no parameters."""
     sizes = {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "head_dim": 8,

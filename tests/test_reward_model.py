@@ -1,13 +1,14 @@
 """reward_model.py: its mathematics against known answers and TRL, its numbered details, its contract, and bad input."""
 
 import json
+from datetime import datetime
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, first_rows, metrics, refuses, run
+from conftest import ROOT, TINY, first_rows, metrics, refuses, run, weights
 from transformers import AutoModelForSequenceClassification
 
 import dpo
@@ -388,6 +389,25 @@ def test_a_judge_labels_pairs_and_samples(tmp_path):
     )
     assert (tmp_path / "s" / "labelled.jsonl").stat().st_size > 0
     run("reward_model", "--resume", tmp_path / "s", "--steps", 7)
+
+
+def test_reward_model_detail_5_a_margin_turns_with_a_pair_that_the_judge_overrules(tmp_path, monkeypatch):
+    rows = [{**pair("1+1=?", "2", "3"), "margin": 1.5, "asked": datetime(2026, 1, 2)}, pair("2+2=?", "4", "5")]
+    rows.append({**pair("3+3=?", "6", "7"), "margin": 2.0})
+    judge = lambda triples, numbers: [(0.1, 0.2), (0.9, 0.8), (0.9, 0.8)]  # noqa: E731
+    monkeypatch.setattr(rm, "load_judge", lambda *args: judge)
+    run_, args = SimpleNamespace(folder=tmp_path, is_main=True), rm.Args(dataset="pairs.jsonl")
+    labelled = rm.ai_feedback(args, rows, None, run_, 256, ("cpu", 0, 1, False))
+    assert [(row["chosen"], row.get("margin")) for row in labelled] == [("3", -1.5), ("4", None), ("6", 2.0)]
+    written = [json.loads(line) for line in (tmp_path / "labelled.jsonl").read_text().splitlines()]
+    assert written[0]["asked"].startswith("2026-01-02")
+    assert [rm.read_comparison(row, "here").margin for row in labelled] == [-1.5, 0.0, 2.0]
+
+
+def test_the_saved_head_keeps_the_precision_of_its_constants(tmp_path):
+    run("reward_model", *SHORT, "--dtype", "bfloat16", "--output-dir", tmp_path / "run")
+    saved = weights(tmp_path / "run")
+    assert saved["score.weight"].dtype == torch.float32 and saved["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_odd_rows_do_not_crash(tmp_path, tokenizer):

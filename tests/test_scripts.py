@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT, TINY, first_rows, metrics, refuses, run, start, weights
+from conftest import ROOT, TINY, fails, first_rows, metrics, refuses, run, start, weights
 
 import agentic
 import dapo
@@ -349,11 +349,13 @@ def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
     kinds = {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}
     for name, flags in kinds.items():
         run(script, *steps, *flags, "--output-dir", tmp_path / name)
-    rows = {name: metrics(tmp_path / name)[-1] for name in kinds}
+    run(script, *steps, *kinds["bf16"], "--output-dir", tmp_path / "two", processes=2)
+    rows = {name: metrics(tmp_path / name)[-1] for name in (*kinds, "two")}
     norm = {name: row["optim/grad_norm"] for name, row in rows.items()}
     assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
     same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"), 1e-7)  # after a step of 1e-5
     assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.02)
+    assert norm["two"] == pytest.approx(norm["bf16"], rel=5e-3)
     assert rows["bf16"].get("policy/sampler_gap", 0) < 2e-3  # logits that are bfloat16 themselves would give twice that
     assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
 
@@ -470,6 +472,56 @@ def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
     data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
     rows = module.load_rows(str(data), None, "train", (("question", "answer"),))
     assert [row["question"] for row in rows] == ["a\u2028b\x85c"] * 2
+
+
+def test_columns_that_tables_fill_with_null_are_not_there(tmp_path):
+    """As `datasets` gives every row the columns of all, every message and every tool the fields of all."""
+    call = {"function": {"name": "look", "arguments": {"at": "me", "expression": None}}}
+    chat = [{"role": "user", "content": "2+2=?", "tool_calls": None}, {"role": "assistant", "tool_calls": [call]}]
+    rows = [
+        {"messages": chat, "text": None, "tools": '[{"type": "function"}]'},
+        {"messages": None, "prompt": "2+2=?", "completion": "4", "text": None, "tools": None},
+    ]
+    data = write(tmp_path / "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    first, second = sft.load_rows(str(data), None, "train", sft.COLUMNS)
+    assert first["tools"] == [{"type": "function"}] and "text" not in first and "tool_calls" not in first["messages"][0]
+    assert first["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"at": "me"}
+    assert second == {"prompt": "2+2=?", "completion": "4"}
+    broken = write(tmp_path / "broken.jsonl", '{"prompt": "a", "completion": "b", "tools": "look"}\n')
+    assert "row 1: tools must be a list" in refuses("sft", "--dataset", broken, "--output-dir", tmp_path / "run")
+
+
+def test_a_row_is_read_as_the_first_of_the_columns_that_it_has(tokenizer):
+    pair, answered = {"prompt": "2+2=?", "completion": "4"}, {"question": "2+2=?", "answer": "4"}
+    expected = sft.render_row(tokenizer, pair, "assistant")
+    assert sum(expected.mask) < len(expected.ids)
+    for row in ({**pair, "text": "2+2=?4"}, answered, {**answered, "completion": "5"}, {**answered, "text": "2+2=?4"}):
+        assert sft.render_row(tokenizer, row, "assistant") == expected
+    assert all(sft.render_row(tokenizer, {"text": "2+2=?4", "answer": "4"}, "assistant").mask)
+
+
+def test_held_out_rows_come_from_another_split_or_another_data_set(tmp_path, monkeypatch):
+    columns, folder = (("prompt", "answer"),), tmp_path / "data"
+    folder.mkdir()
+    for name, answer in (("train", "1"), ("test", "2")):
+        write(folder / f"{name}.jsonl", json.dumps({"prompt": "a", "answer": answer}) + "\n")
+    args = grpo.Args(dataset=str(folder), eval_dataset=str(folder), subset="default")
+    with pytest.raises(SystemExit, match="--eval-split"):
+        grpo.load_held_out(args, str(folder), columns)
+    args.eval_split = "test"
+    assert [row["answer"] for row in grpo.load_held_out(args, str(folder), columns)] == ["2"]
+    asked = []
+    monkeypatch.setattr(grpo, "load_rows", lambda source, subset, split, columns: asked.append((subset, split)))
+    grpo.load_held_out(args, "another/one", columns)
+    args.eval_subset, args.eval_split = "hard", None
+    grpo.load_held_out(args, "another/one", columns)
+    assert asked == [(None, "test"), ("hard", "train")]
+
+
+def test_several_processes_train_packed_rows_only(tmp_path):
+    """Else each would gather the weights as often as its rows have lengths, and wait for the others for ever."""
+    told = fails("sft", *SHORT["sft"], "--no-packing", "--output-dir", tmp_path / "run", processes=2)
+    assert "--no-packing was given. Take one process." in told
 
 
 def test_rows_without_anything_to_train_on(tmp_path):
