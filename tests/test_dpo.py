@@ -240,12 +240,13 @@ def test_dpo_detail_3_no_second_model_in_training(tmp_path, monkeypatch):
         assert len(alive) == (1 if cached == 0 else 2)  # the second for the KL of the last evaluation only
     scored = []
     monkeypatch.setattr(dpo, "all_logprobs", lambda *a: scored.append(a) or [])
-    examples = [dpo.Example([1, 2], [[3], [4]])]
+    one, args, cpu = [1, 2], dpo.Args(), torch.device("cpu")
+    examples = [dpo.Example(one, [[3], [4]])]
     run_ = SimpleNamespace(folder=tmp_path / "cache", is_main=True)
     run_.folder.mkdir()
-    for weights_, args in (("a", dpo.Args()), ("a", dpo.Args()), ("b", dpo.Args()), ("a", dpo.Args(dtype="bfloat16"))):
-        dpo.score_reference(run_, examples, weights_, args, lambda: None, ())
-    dpo.score_reference(run_, [dpo.Example([1, 2], [[3], [5]])], "a", dpo.Args(), lambda: None, ())
+    for weights_, bfloat16 in (("a", False), ("a", False), ("b", False), ("a", True)):
+        dpo.score_reference(run_, examples, weights_, args, lambda: None, (cpu, 0, 1, bfloat16))
+    dpo.score_reference(run_, [dpo.Example(one, [[3], [5]])], "a", args, lambda: None, (cpu, 0, 1, False))
     assert len(scored) == 4  # the second was known
 
 
