@@ -426,7 +426,8 @@ class Rollout:
         """Log-probabilities and entropies [b, T] of the completions in `rows` under `model`."""
         device, width = self.mask.device, self.mask.shape[1]
         packed = pack_completions([self.prompts[i] for i in rows], [self.ids[i] for i in rows])  # detail 9
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        # A forward needs each weight once: a cache of their bfloat16 copies would only take memory.
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
         return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
 
@@ -528,7 +529,7 @@ def main(args: Args) -> dict:
         held_out = load_held_out(args, held_out_source, columns)[: args.eval_rows]
     else:
         held_out_source = f"rows held out of {args.dataset}"
-        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
+        rows, held_out = hold_out(rows, args)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     context = context_length(load_config(args.model, args.trust_remote_code))
     longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
@@ -760,9 +761,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
         row = rows[number - 1] = without_nulls(row)
         if isinstance(row.get("tools"), str):
             try:
-                row["tools"] = json.loads(row["tools"])
+                row["tools"] = json.loads(row["tools"] or "[]")
             except ValueError:
-                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
+                pass  # told below
+        if not isinstance(row.get("tools", []), list):
+            sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -779,9 +782,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
 
 
 def without_nulls(value):
-    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all. The
+    content of a message stays, for templates ask whether it is null."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        kept = ["content"] if "role" in value else []
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None or key in kept}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -796,8 +801,10 @@ def is_conversation(value) -> bool:
 
 def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
     """The rows of `source`, which --eval-dataset has named or stands for it."""
-    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
-    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    trained = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
+    is_trained_on = source in trained and not getattr(args, "evaluate_only", False)
+    has_own_subset = source not in trained and not all(Path(name).exists() for name in trained)
+    subset = args.eval_subset or (None if has_own_subset else args.subset)
     split = args.eval_split or args.split
     if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
         sys.exit(
@@ -807,12 +814,14 @@ def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> li
     return load_rows(source, subset, split, columns)
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+def hold_out(rows: list[dict], args) -> tuple[list[dict], list[dict]]:
+    """Set --eval-rows random rows aside for evaluation, but never more than a tenth."""
+    if args.eval_split or args.eval_subset:
+        sys.exit("--eval-split and --eval-subset speak of --eval-dataset: name it too (it may be the same data set).")
     if len(rows) < 2:
         sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, min(count, len(rows) // 10))
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    count = max(1, min(args.eval_rows, len(rows) // 10))
     return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
 
 
@@ -895,7 +904,11 @@ def load_model(args, device, from_scratch: bool = False):
 
 def shard(model, world: int):
     """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
-    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
+    in float32 and autocast rounds them, as in one process: what processes change is the order of sums.
+
+    Without --gradient-checkpointing each process keeps what autocast has rounded, a bfloat16 copy of all weights, from
+    the forward to the backward.
+    """
     if world > 1:
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)

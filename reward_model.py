@@ -520,7 +520,7 @@ def load_judge(args, device, bfloat16: bool):
         found, kept = [None] * len(ids), [i for i in range(len(ids)) if fits[i]]
         with tqdm(total=len(kept), desc="judging", leave=False, disable=None) as bar:
             for part in split_by_tokens([ids[i] for i in kept], args.microbatch_tokens):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
                     hidden = last_hidden_states(judge, [ids[kept[j]] for j in part], device)
                     logits = head_logits(hidden, weight, bias, hidden.dtype, logit_shape(judge))
                 for j, probability in zip(part, logits.softmax(-1)[:, 0].tolist()):
@@ -550,7 +550,8 @@ def complete_prompts(args: Args, tokenizer, rows: dict[int, dict], device, conte
         )
     texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in groups]
     pairs = {i: {"prompt": prompts[i], "chosen": first, "rejected": second} for i, (first, second) in zip(kept, texts)}
-    return {i: {**rows[i], **pair} for i, pair in pairs.items()}
+    given = {i: {name: value for name, value in rows[i].items() if name != "margin"} for i in pairs}
+    return {i: {**given[i], **pair} for i, pair in pairs.items()}
 
 
 def ai_feedback(args: Args, rows: list[dict], tokenizer, run: Run, context: int, parallel: tuple) -> list[dict]:
@@ -762,7 +763,7 @@ def main(args: Args) -> dict:
         rows = ai_feedback(args, rows, tokenizer, run, context, (device, rank, world, bfloat16))
     if not held_out_source:
         held_out_source = f"rows held out of {source}"
-        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
+        rows, held_out = hold_out(rows, args)
     train = encode_examples(tokenizer, rows, source, args, context)
     held_out = encode_examples(tokenizer, held_out, held_out_source, args, context)
     references = encode_references(tokenizer, args, held_out, context)
@@ -990,9 +991,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
         row = rows[number - 1] = without_nulls(row)
         if isinstance(row.get("tools"), str):
             try:
-                row["tools"] = json.loads(row["tools"])
+                row["tools"] = json.loads(row["tools"] or "[]")
             except ValueError:
-                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
+                pass  # told below
+        if not isinstance(row.get("tools", []), list):
+            sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -1009,9 +1012,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
 
 
 def without_nulls(value):
-    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all. The
+    content of a message stays, for templates ask whether it is null."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        kept = ["content"] if "role" in value else []
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None or key in kept}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -1026,8 +1031,10 @@ def is_conversation(value) -> bool:
 
 def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
     """The rows of `source`, which --eval-dataset has named or stands for it."""
-    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
-    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    trained = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
+    is_trained_on = source in trained and not getattr(args, "evaluate_only", False)
+    has_own_subset = source not in trained and not all(Path(name).exists() for name in trained)
+    subset = args.eval_subset or (None if has_own_subset else args.subset)
     split = args.eval_split or args.split
     if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
         sys.exit(
@@ -1037,12 +1044,14 @@ def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> li
     return load_rows(source, subset, split, columns)
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+def hold_out(rows: list[dict], args) -> tuple[list[dict], list[dict]]:
+    """Set --eval-rows random rows aside for evaluation, but never more than a tenth."""
+    if args.eval_split or args.eval_subset:
+        sys.exit("--eval-split and --eval-subset speak of --eval-dataset: name it too (it may be the same data set).")
     if len(rows) < 2:
         sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, min(count, len(rows) // 10))
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    count = max(1, min(args.eval_rows, len(rows) // 10))
     return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
 
 

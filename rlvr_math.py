@@ -939,7 +939,7 @@ def load_reranker(args: Args, device, bfloat16: bool):
         for part in split_by_tokens([ids for ids, _ in rows], args.microbatch_tokens):
             starts = torch.tensor([0] + [len(rows[i][0]) for i in part]).cumsum(0).tolist()
             packed = pack([Segment(rows[i][0], [False] * len(rows[i][0])) for i in part]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
                 hidden = hidden_states(model, packed)
             places = [start + end for start, i in zip(starts, part) for end in rows[i][1]]
             with torch.autocast(device.type, enabled=False):
@@ -1241,7 +1241,8 @@ class Rollout:
         """Log-probabilities and entropies [b, T] of the completions in `rows` under `model`."""
         device, width = self.mask.device, self.mask.shape[1]
         packed = pack_completions([self.prompts[i] for i in rows], [self.ids[i] for i in rows])  # detail 9
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        # A forward needs each weight once: a cache of their bfloat16 copies would only take memory.
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             logprobs, entropy = token_logprobs(model, packed.to(device), temperature)  # detail 3
         return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
 
@@ -1325,7 +1326,7 @@ def main(args: Args) -> dict:
         held_out_source, held_out = args.dataset, rows
     else:
         held_out_source = f"rows held out of {args.dataset}"
-        rows, held_out = hold_out(rows, args.eval_rows, args.seed)
+        rows, held_out = hold_out(rows, args)
     chosen = sorted(random.Random(0).sample(range(len(held_out)), min(len(held_out), args.eval_rows)))
     held_out = read_questions([held_out[i] for i in chosen], held_out_source, args.instruction, patient)
     rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, patient)
@@ -1559,6 +1560,8 @@ def check_rlvr_args(args: Args) -> None:
         sys.exit("--grading-seconds must be above 0: it is the time that the verifier has for a comparison.")
     if min(args.max_think_tokens, args.extend_thinking) < 0 or args.max_completion_tokens < 1:
         sys.exit("--max-think-tokens and --extend-thinking must not be negative, nor --max-completion-tokens below 1.")
+    if args.evaluate_only and not args.eval_dataset and (args.eval_split or args.eval_subset):
+        sys.exit("--evaluate-only evaluates on --dataset: choose with --split and --subset, or give --eval-dataset.")
     if not (args.answer_weight or args.format_weight):
         sys.exit("--answer-weight 0 --format-weight 0: nothing is left that could be rewarded.")
     if args.max_think_tokens >= args.max_completion_tokens:
@@ -1609,9 +1612,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
         row = rows[number - 1] = without_nulls(row)
         if isinstance(row.get("tools"), str):
             try:
-                row["tools"] = json.loads(row["tools"])
+                row["tools"] = json.loads(row["tools"] or "[]")
             except ValueError:
-                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
+                pass  # told below
+        if not isinstance(row.get("tools", []), list):
+            sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -1628,9 +1633,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
 
 
 def without_nulls(value):
-    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all. The
+    content of a message stays, for templates ask whether it is null."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        kept = ["content"] if "role" in value else []
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None or key in kept}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -1645,8 +1652,10 @@ def is_conversation(value) -> bool:
 
 def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
     """The rows of `source`, which --eval-dataset has named or stands for it."""
-    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
-    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    trained = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
+    is_trained_on = source in trained and not getattr(args, "evaluate_only", False)
+    has_own_subset = source not in trained and not all(Path(name).exists() for name in trained)
+    subset = args.eval_subset or (None if has_own_subset else args.subset)
     split = args.eval_split or args.split
     if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
         sys.exit(
@@ -1656,12 +1665,14 @@ def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> li
     return load_rows(source, subset, split, columns)
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+def hold_out(rows: list[dict], args) -> tuple[list[dict], list[dict]]:
+    """Set --eval-rows random rows aside for evaluation, but never more than a tenth."""
+    if args.eval_split or args.eval_subset:
+        sys.exit("--eval-split and --eval-subset speak of --eval-dataset: name it too (it may be the same data set).")
     if len(rows) < 2:
         sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, min(count, len(rows) // 10))
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    count = max(1, min(args.eval_rows, len(rows) // 10))
     return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
 
 
@@ -1744,7 +1755,11 @@ def load_model(args, device, from_scratch: bool = False):
 
 def shard(model, world: int):
     """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
-    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
+    in float32 and autocast rounds them, as in one process: what processes change is the order of sums.
+
+    Without --gradient-checkpointing each process keeps what autocast has rounded, a bfloat16 copy of all weights, from
+    the forward to the backward.
+    """
     if world > 1:
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)

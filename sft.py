@@ -385,7 +385,7 @@ def main(args: Args) -> dict:
         held_out = load_held_out(args, held_out_source, COLUMNS)[: args.eval_rows]
     else:
         held_out_source = f"rows held out of {args.dataset[0]}"
-        sources[0], held_out = hold_out(sources[0], args.eval_rows, args.seed)
+        sources[0], held_out = hold_out(sources[0], args)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     context = context_length(load_config(args.model, args.trust_remote_code))
     if len(sources) > 1:
@@ -443,7 +443,8 @@ def main(args: Args) -> dict:
             # gathered by all processes together.
             micro, weight = packed[min(i, len(packed) - 1)], float(i < len(packed))
             noise_lengths[:] = [micro.document_lengths]
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            # A forward needs each weight once: a cache of their bfloat16 copies would only take memory.
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
                 logprobs, _ = token_logprobs(model, micro, packing=args.packing)
             loss = sft_loss(logprobs, total_targets) * weight
             (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
@@ -487,6 +488,8 @@ def check_sft_args(args: Args) -> None:
     if args.neftune_alpha and not args.packing:
         sys.exit("--neftune-alpha needs packed documents, whose lengths it scales with; leave --packing on.")
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not args.packing:
+        sys.exit("Several processes train packed rows only: leave --packing on, or take one process.")
     if args.batch_size % world:
         sys.exit(f"--batch-size {args.batch_size} cannot be divided among {world} processes; take a multiple of it.")
 
@@ -509,7 +512,7 @@ def evaluate_loss(model, segments: list[Segment], args: Args, device, rank: int,
     nll, count = 0.0, 0
     for i in range(rounds):
         micro = pack([mine[j] for j in groups[i]] if i < len(groups) else segments[:1]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             logprobs, _ = token_logprobs(model, micro, packing=args.packing)
         if i < len(groups):
             nll -= float(logprobs.sum())
@@ -554,9 +557,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
         row = rows[number - 1] = without_nulls(row)
         if isinstance(row.get("tools"), str):
             try:
-                row["tools"] = json.loads(row["tools"])
+                row["tools"] = json.loads(row["tools"] or "[]")
             except ValueError:
-                sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
+                pass  # told below
+        if not isinstance(row.get("tools", []), list):
+            sys.exit(f"{source}, row {number}: tools must be a list of JSON schemas, or that list as JSON text.")
         if not any(all(row.get(c) is not None for c in group) for group in columns):
             sys.exit(f"{source}, row {number}: needs the columns {wanted}; found {', '.join(sorted(row)) or 'none'}.")
         if isinstance(row.get("answer"), (int, float)):
@@ -573,9 +578,11 @@ def load_rows(source: str, subset: str | None, split: str, columns: tuple[tuple[
 
 
 def without_nulls(value):
-    """`value` without what is null in it: tables give every row, every message and every tool the fields of all."""
+    """`value` without what is null in it: tables give every row, every message and every tool the fields of all. The
+    content of a message stays, for templates ask whether it is null."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        kept = ["content"] if "role" in value else []
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None or key in kept}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -590,8 +597,10 @@ def is_conversation(value) -> bool:
 
 def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
     """The rows of `source`, which --eval-dataset has named or stands for it."""
-    is_trained_on = source in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,))
-    subset = args.eval_subset or (args.subset if is_trained_on else None)
+    trained = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
+    is_trained_on = source in trained and not getattr(args, "evaluate_only", False)
+    has_own_subset = source not in trained and not all(Path(name).exists() for name in trained)
+    subset = args.eval_subset or (None if has_own_subset else args.subset)
     split = args.eval_split or args.split
     if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
         sys.exit(
@@ -601,12 +610,14 @@ def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> li
     return load_rows(source, subset, split, columns)
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Set `count` random rows aside for evaluation, but never more than a tenth."""
+def hold_out(rows: list[dict], args) -> tuple[list[dict], list[dict]]:
+    """Set --eval-rows random rows aside for evaluation, but never more than a tenth."""
+    if args.eval_split or args.eval_subset:
+        sys.exit("--eval-split and --eval-subset speak of --eval-dataset: name it too (it may be the same data set).")
     if len(rows) < 2:
         sys.exit("One row is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, min(count, len(rows) // 10))
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    count = max(1, min(args.eval_rows, len(rows) // 10))
     return [rows[i] for i in sorted(shuffled[count:])], [rows[i] for i in shuffled[:count]]
 
 
@@ -689,7 +700,11 @@ def load_model(args, device, from_scratch: bool = False):
 
 def shard(model, world: int):
     """FSDP2: spread parameters, gradients and optimizer state over the processes, layer by layer. Weights are gathered
-    in float32 and autocast rounds them, so that processes change no number that one process would compute."""
+    in float32 and autocast rounds them, as in one process: what processes change is the order of sums.
+
+    Without --gradient-checkpointing each process keeps what autocast has rounded, a bfloat16 copy of all weights, from
+    the forward to the backward.
+    """
     if world > 1:
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)

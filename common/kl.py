@@ -147,8 +147,8 @@ def packed_attention(layout: Packed, query, key, value, scaling, window) -> torc
 
 
 def grouped_attention(query, key, value, mask, scaling) -> torch.Tensor:
-    """Attention of [n, H, T, D] to [n, H_kv, W, D], causal where there is no mask. On CUDA no kernel that leaves the
-    scores unstored takes both a mask and fewer keys than queries, so there the keys are repeated."""
+    """Attention of [n, H, T, D] to [n, H_kv, W, D], causal where there is no mask. On CUDA the kernels that store no
+    scores do not take both a mask and fewer key heads than query heads, so there the keys are repeated."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and mask is not None and query.is_cuda:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -252,8 +252,9 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, shape, dtype):
         logprobs, entropy, logsumexp = hidden.new_empty(3, len(targets), dtype=torch.float32).unbind()
+        factor = weight.to(dtype) if weight.is_cuda else weight  # once for all chunks; a CPU rounds as it multiplies
         for rows in _chunks(hidden, weight):
-            logits = head_logits(hidden[rows], weight, bias, dtype, shape).div_(temperature)  # [c, V]
+            logits = head_logits(hidden[rows], factor, bias, dtype, shape).div_(temperature)  # [c, V]
             highest = logits.amax(-1)
             weights = (logits - highest[:, None]).exp_()
             total = weights.sum(-1)
@@ -272,15 +273,16 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        factor = weight.to(ctx.dtype) if weight.is_cuda else weight
         for rows in _chunks(hidden, weight):
-            logits = head_logits(hidden[rows], weight, bias, ctx.dtype, ctx.shape)
+            logits = head_logits(hidden[rows], factor, bias, ctx.dtype, ctx.shape)
             slope = None if ctx.shape.cap is None else 1 - (logits / ctx.shape.cap).square()  # of the tanh
             logits.div_(ctx.temperature)
             grad_logits = logits.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])  # (1[target] − p)·grad
             grad_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
             if slope is not None:
                 grad_logits.mul_(slope)
-            grad_hidden[rows] = matrix_product(grad_logits, weight, ctx.dtype).to(hidden.dtype)
+            grad_hidden[rows] = matrix_product(grad_logits, factor, ctx.dtype).to(hidden.dtype)
             if grad_weight is not None:
                 matrix_product(grad_logits.T, hidden[rows], ctx.dtype, onto=grad_weight)
             if grad_bias is not None:

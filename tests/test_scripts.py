@@ -477,7 +477,8 @@ def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
 def test_columns_that_tables_fill_with_null_are_not_there(tmp_path):
     """As `datasets` gives every row the columns of all, every message and every tool the fields of all."""
     call = {"function": {"name": "look", "arguments": {"at": "me", "expression": None}}}
-    chat = [{"role": "user", "content": "2+2=?", "tool_calls": None}, {"role": "assistant", "tool_calls": [call]}]
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    chat = [{"role": "user", "content": "2+2=?", "tool_calls": None}, turn]
     rows = [
         {"messages": chat, "text": None, "tools": '[{"type": "function"}]'},
         {"messages": None, "prompt": "2+2=?", "completion": "4", "text": None, "tools": None},
@@ -486,9 +487,13 @@ def test_columns_that_tables_fill_with_null_are_not_there(tmp_path):
     first, second = sft.load_rows(str(data), None, "train", sft.COLUMNS)
     assert first["tools"] == [{"type": "function"}] and "text" not in first and "tool_calls" not in first["messages"][0]
     assert first["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"at": "me"}
+    assert first["messages"][1]["content"] is None  # for which templates ask
     assert second == {"prompt": "2+2=?", "completion": "4"}
-    broken = write(tmp_path / "broken.jsonl", '{"prompt": "a", "completion": "b", "tools": "look"}\n')
-    assert "row 1: tools must be a list" in refuses("sft", "--dataset", broken, "--output-dir", tmp_path / "run")
+    empty = write(tmp_path / "empty.jsonl", '{"prompt": "a", "completion": "b", "tools": ""}\n')
+    assert sft.load_rows(str(empty), None, "train", sft.COLUMNS)[0]["tools"] == []
+    for tools in ('"look"', "3", '"{}"'):
+        broken = write(tmp_path / "broken.jsonl", f'{{"prompt": "a", "completion": "b", "tools": {tools}}}\n')
+        assert "row 1: tools must be a list" in refuses("sft", "--dataset", broken, "--output-dir", tmp_path / "run")
 
 
 def test_a_row_is_read_as_the_first_of_the_columns_that_it_has(tokenizer):
@@ -512,16 +517,21 @@ def test_held_out_rows_come_from_another_split_or_another_data_set(tmp_path, mon
     assert [row["answer"] for row in grpo.load_held_out(args, str(folder), columns)] == ["2"]
     asked = []
     monkeypatch.setattr(grpo, "load_rows", lambda source, subset, split, columns: asked.append((subset, split)))
+    grpo.load_held_out(args, "another/one", columns)  # files and folders have no subsets: --subset is the other's
+    args.dataset = "some/where"
     grpo.load_held_out(args, "another/one", columns)
     args.eval_subset, args.eval_split = "hard", None
     grpo.load_held_out(args, "another/one", columns)
-    assert asked == [(None, "test"), ("hard", "train")]
+    with pytest.raises(SystemExit, match="speak of --eval-dataset"):
+        grpo.hold_out([], grpo.Args(eval_split="test"))
+    assert asked == [("default", "test"), (None, "test"), ("hard", "train")]
 
 
 def test_several_processes_train_packed_rows_only(tmp_path):
     """Else each would gather the weights as often as its rows have lengths, and wait for the others for ever."""
     told = fails("sft", *SHORT["sft"], "--no-packing", "--output-dir", tmp_path / "run", processes=2)
-    assert "--no-packing was given. Take one process." in told
+    assert "leave --packing on" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_without_anything_to_train_on(tmp_path):
