@@ -116,7 +116,7 @@ class Args:
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
     eval_subset: str | None = None
-    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    """configuration of --eval-dataset on the Hub (default: that of --subset, unless that is another Hub data set's)"""
     eval_split: str | None = None
     """split of --eval-dataset on the Hub (default: that of --split)"""
     max_prompt_tokens: int = 512
@@ -831,8 +831,7 @@ def rank_samples(tokenizer, questions, numbers, groups, reward_model, judge, pen
     """A reward for each sample of each question: from the reward model, the judge, or 1 for a right answer; less
     `penalty` for one that was cut. And what the judge said."""
     texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in groups]
-    asked = [q["row"]["prompt"] if q["row"].get("prompt") is not None else q["row"]["question"] for q in questions]
-    prompts = [as_messages(prompt, "user") for prompt in asked]
+    prompts = [as_messages(q["row"].get("prompt", q["row"].get("question")), "user") for q in questions]
     readings = []
     if reward_model:
         scores = reward_model([(p, text) for p, row in zip(prompts, texts) for text in row]).tolist() if texts else []
@@ -1215,12 +1214,12 @@ def is_conversation(value) -> bool:
 
 
 def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
-    """The rows of `source`, which --eval-dataset has named or stands for it."""
-    trained = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
-    is_trained_on = source in trained and not getattr(args, "evaluate_only", False)
-    has_own_subset = source not in trained and not all(Path(name).exists() for name in trained)
-    subset = args.eval_subset or (None if has_own_subset else args.subset)
+    """The rows of `source`: what --eval-dataset has named, or the embedded rows."""
+    named = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
+    is_subset_of_another = source not in named and not all(Path(name).exists() for name in named)
+    subset = args.eval_subset or (None if is_subset_of_another else args.subset)
     split = args.eval_split or args.split
+    is_trained_on = source in named and not getattr(args, "evaluate_only", False)
     if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
         sys.exit(
             f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "

@@ -116,7 +116,7 @@ class Args:
     eval_dataset: str | None = None
     """held-out rows; by default the embedded data's own, or else rows held out of --dataset"""
     eval_subset: str | None = None
-    """configuration of --eval-dataset on the Hub (default: that of --subset, if it is the same data set)"""
+    """configuration of --eval-dataset on the Hub (default: that of --subset, unless that is another Hub data set's)"""
     eval_split: str | None = None
     """split of --eval-dataset on the Hub (default: that of --split)"""
     reference_dataset: str | None = None
@@ -914,7 +914,8 @@ def load_reward_backbone(args: Args, device, member: int):
 
 
 def shard_reward_model(model, world: int):
-    """FSDP2 as in `shard`, around the method that gives scores."""
+    """FSDP2: spread a model with a score head over the processes, layer by layer, around the method that gives scores.
+    Weights are gathered in float32 and autocast rounds them, as in one process."""
     if world > 1:
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)
@@ -1030,12 +1031,12 @@ def is_conversation(value) -> bool:
 
 
 def load_held_out(args, source: str, columns: tuple[tuple[str, ...], ...]) -> list[dict]:
-    """The rows of `source`, which --eval-dataset has named or stands for it."""
-    trained = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
-    is_trained_on = source in trained and not getattr(args, "evaluate_only", False)
-    has_own_subset = source not in trained and not all(Path(name).exists() for name in trained)
-    subset = args.eval_subset or (None if has_own_subset else args.subset)
+    """The rows of `source`: what --eval-dataset has named, or the embedded rows."""
+    named = [name for name in (args.dataset if isinstance(args.dataset, tuple) else (args.dataset,)) if name]
+    is_subset_of_another = source not in named and not all(Path(name).exists() for name in named)
+    subset = args.eval_subset or (None if is_subset_of_another else args.subset)
     split = args.eval_split or args.split
+    is_trained_on = source in named and not getattr(args, "evaluate_only", False)
     if is_trained_on and not Path(source).is_file() and (subset, split) == (args.subset, args.split):
         sys.exit(
             f"--eval-dataset {source}: these are the rows that are trained on. Name another split of it with "

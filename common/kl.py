@@ -191,9 +191,10 @@ def hidden_states(model, batch: Packed, packing: bool = True) -> torch.Tensor:
         layout = layout_arguments(batch, batch.ids.device)
         return model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, **layout).last_hidden_state[0]
     if isinstance(model, FSDPModule):  # each forward gathers weights: processes must make equally many
-        kind = f"models of the kind {model.config.model_type} are not packed"
-        reason = "--no-packing was given" if supports_layout(model) else kind
-        raise SystemExit(f"Several processes train packed rows only, but {reason}. Take one process.")
+        raise SystemExit(
+            f"Several processes train packed rows only, and those of this {model.config.model_type} model are padded. "
+            "Take one process."
+        )
     outputs = [
         model.base_model(input_ids=batch.ids[0, b.keys], use_cache=False).last_hidden_state[:, b.prefix_length :]
         for b in batch.blocks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import TINY, first_rows, metrics, refuses, run, weights
+from conftest import TINY, fails, first_rows, metrics, refuses, run, weights
 from test_common import check_sampler, logprobs_alone
 
 import grpo
@@ -111,6 +111,13 @@ def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
     before, after = weights(tmp_path / "start"), weights(tmp_path / "run")
     assert before.keys() == after.keys()
     assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_several_processes_refuse_a_model_that_is_padded(tmp_path, tokenizer):
+    build("Gemma2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [*SHORT["sft"], "--model", tmp_path / "model", "--output-dir", tmp_path / "run"]
+    assert "those of this gemma2 model are padded" in fails("sft", *flags, processes=2)
 
 
 def test_noise_in_embeddings_needs_packed_rows(tmp_path, tokenizer):

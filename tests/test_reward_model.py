@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 import dpo
 import grpo
+import ppo
 import reward_model as rm
 from common.tokenizer import load_tokenizer, pad
 
@@ -432,6 +433,34 @@ def test_templates_that_refuse_roles_drop_the_row(capsys):
     rows = [pair(), pair([{"role": "assistant", "content": "hello"}, {"role": "user", "content": "1+1=?"}])]
     assert len(encoded(tokenizer, rows)) == 1
     assert "1 because the chat template refuses them" in capsys.readouterr().out
+
+
+def test_solutions_whose_prompt_the_template_refuses_are_dropped(capsys):
+    tokenizer = load_tokenizer(str(TINY))
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = strict + tokenizer.chat_template
+    solution = {"prompt": "1+1=?", "completions": ["1+1=2"], "labels": [True]}
+    refused = {**solution, "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
+    assert len(encoded(tokenizer, [solution, refused], kind="process")) == 1
+    assert "1 because the chat template refuses them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [dpo, grpo, ppo])
+def test_scores_of_other_heads_are_not_rounded_in_bfloat16(module, tokenizer, monkeypatch):
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.head = SimpleNamespace(), torch.nn.Linear(1, 1)
+
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=self.head(input_ids.float().mean(1, keepdim=True)))
+
+    other = Other()
+    monkeypatch.setattr(module, "load_scalar_models", lambda *args: (tokenizer, [other]))
+    pairs = [([{"role": "user", "content": "1+1=?"}], text) for text in ("2", "3", "4")]
+    args = module.Args(reward_model=str(TINY))
+    exact, rounded = (module.load_reward_model(args, CPU, bfloat16)(pairs) for bfloat16 in (False, True))
+    assert exact.tolist() == rounded.tolist() and len(set(exact.tolist())) == 3
 
 
 def test_plain_text_without_a_chat_template():
