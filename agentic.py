@@ -870,7 +870,7 @@ class Dialogue:
     def cut(self, text: str) -> str:
         """An observation of at most so many tokens; the template closes it behind the cut.  # detail 11"""
         text = text[: 100 * self.limit]  # no tokenizer of ours is to chew on megabytes
-        ids = encode_text(self.tokenizer, text)
+        ids = encode_text(self.tokenizer, text, begins=False)
         return text if len(ids) <= self.limit else self.tokenizer.decode(ids[: self.limit]).rstrip("\ufffd") + "..."
 
 
@@ -1058,7 +1058,7 @@ def encode_tasks(dialogue: Dialogue, rows: list[dict], source: str, environment:
         available = toolset(instance.tools)
         try:
             ids, bare = dialogue.prompt(messages, available), dialogue.prompt(messages, {})
-        except (TemplateError, ValueError, IndexError):  # the latter two for an empty list of messages
+        except (TemplateError, TypeError, ValueError, IndexError):  # the latter two for an empty list of messages
             refused += 1
             continue
         if len(ids) <= longest:
@@ -1292,7 +1292,7 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
     functions = build_tools(args)
     if "search" in args.tools and args.corpus == Args.corpus and args.dataset != Args.dataset:
         print("notice: `search` looks through the embedded corpus; --corpus names another, --tools leaves it out.")
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model)
     context = context_length(load_config(args.model, args.trust_remote_code))
     longest = min(args.max_prompt_tokens, context - args.max_trajectory_tokens)
     if longest < 1:

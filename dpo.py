@@ -88,6 +88,7 @@ from common.kl import (
 from common.tokenizer import (
     Segment,
     as_messages,
+    encode_continuation,
     encode_prompt,
     encode_text,
     load_tokenizer,
@@ -346,8 +347,8 @@ def conversation(row: dict, column: str, where: str) -> tuple[str | list[dict], 
 def encode_answers(tokenizer, prompt: str | list[dict], answers: list[dict], tools):
     """Token ids of a prompt, and of each answer up to its end-of-turn token, cut where sampling would begin."""
     if isinstance(prompt, str) and not tokenizer.chat_template:
-        texts = [encode_text(tokenizer, answer["content"]) for answer in answers]
-        return encode_text(tokenizer, prompt), [ids + [tokenizer.eos_token_id] for ids in texts]
+        texts = [encode_continuation(tokenizer, prompt, answer["content"])[1] for answer in answers]
+        return encode_text(tokenizer, prompt), texts
     messages, completions = as_messages(prompt, "user"), []
     prompt_ids = encode_prompt(tokenizer, messages, tools)
     for answer in answers:
@@ -379,7 +380,7 @@ def encode_rows(tokenizer, rows: list[dict], source: str, max_prompt: int, max_c
             continue
         try:
             prompt, completions = encode_answers(tokenizer, prompts[0], answers, row.get("tools"))
-        except (TemplateError, ValueError):  # the latter for an empty list of messages
+        except (TemplateError, TypeError, ValueError):  # the latter for an empty list of messages
             dropped["roles or content that the chat template refuses"] += 1
             continue
         cut["prompts"] += len(prompt) > max_prompt
@@ -631,11 +632,11 @@ def load_judge(args, device, bfloat16: bool):
     is better with the first answer as A, and with the second as A. None where its context is too short."""
     principles = Path(args.principles).read_text().splitlines() if args.principles else [PRINCIPLE]
     principles = [line.strip() for line in principles if line.strip()]
-    tokenizer = load_tokenizer(args.judge, args.trust_remote_code, "--judge")
+    tokenizer = load_tokenizer(args.judge, flag="--judge")
     context = context_length(load_config(args.judge, args.trust_remote_code, "--judge"))
     judge = load_model(replace(args, model=args.judge), device).requires_grad_(False)
-    opening = encode_text(tokenizer, "The better answer is Answer ")
-    options = [encode_text(tokenizer, option)[-1] for option in "AB"]
+    opening = encode_text(tokenizer, "The better answer is Answer ", begins=False)
+    options = [encode_text(tokenizer, option, begins=False)[-1] for option in "AB"]
     head = judge.get_output_embeddings()
     weight, bias = head.weight[options], None if head.bias is None else head.bias[options]
 
@@ -722,7 +723,7 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
     """Tokenizer and members of the sequence classifier with one label at `path`, which `flag` named."""
     if getattr(config, "num_labels", 0) != 1:
         sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
-    tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
+    tokenizer, members = load_tokenizer(path, flag=flag), []
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     for k in range(getattr(config, "reward_members", 1)):
         try:
@@ -796,7 +797,7 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
-        except (TemplateError, ValueError):  # the latter for an empty list of messages
+        except (TemplateError, TypeError, ValueError):  # the latter for an empty list of messages
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
@@ -967,7 +968,7 @@ def main(args: Args) -> dict:
     else:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model)
     context = context_length(load_config(args.model, args.trust_remote_code))
     longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
     if longest < 1:
@@ -1112,7 +1113,7 @@ def main(args: Args) -> dict:
             return run.finish(f"python dpo.py --resume {run.folder}", stopped=stopping)
 
     save_model(run, policy, tokenizer, stops, bfloat16)
-    return run.finish(f"python grpo.py --model {run.folder / 'model'}")
+    return run.finish(f"python rlvr_math.py --model {run.folder / 'model'}")
 
 
 def check_dpo_args(args: Args) -> None:

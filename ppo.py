@@ -341,7 +341,7 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
-        except (TemplateError, ValueError):  # the latter for an empty list of messages
+        except (TemplateError, TypeError, ValueError):  # the latter for an empty list of messages
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
@@ -400,7 +400,7 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
     """Tokenizer and members of the sequence classifier with one label at `path`, which `flag` named."""
     if getattr(config, "num_labels", 0) != 1:
         sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
-    tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
+    tokenizer, members = load_tokenizer(path, flag=flag), []
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     for k in range(getattr(config, "reward_members", 1)):
         try:
@@ -560,7 +560,7 @@ def load_critic(args: Args, tokenizer, device):
     from_reward = args.critic == "reward_model"
     path, flag = (args.reward_model, "--reward-model") if from_reward else (args.model, "--model")
     config = load_config(path, args.trust_remote_code, flag)
-    if from_reward and load_tokenizer(path, args.trust_remote_code, flag).get_vocab() != tokenizer.get_vocab():
+    if from_reward and load_tokenizer(path, flag=flag).get_vocab() != tokenizer.get_vocab():
         sys.exit(f"{flag} {path}: its tokenizer is not that of {args.model}, as a critic must; add --critic policy.")
     config.num_labels = 1
     transformers_logging.set_verbosity_error()  # that the head is new is no news here
@@ -610,7 +610,7 @@ def encode_demonstrations(tokenizer, rows: list[dict], source: str, max_tokens: 
         chat = as_messages(row["prompt"], "user") + as_messages(row["completion"], "assistant")
         try:
             prompt, (ids, mask) = encode_prompt(tokenizer, row["prompt"]), render_chat(tokenizer, chat)
-        except (TemplateError, ValueError):  # the latter for an empty list of messages
+        except (TemplateError, TypeError, ValueError):  # the latter for an empty list of messages
             continue
         end = len(ids) - mask[::-1].index(True) if any(mask) else 0
         if ids[: len(prompt)] == prompt and len(prompt) < end <= max_tokens:
@@ -797,7 +797,7 @@ def main(args: Args) -> dict:
     else:
         held_out_source = f"rows held out of {args.dataset}"
         rows, held_out = hold_out(rows, args)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model)
     context = context_length(load_config(args.model, args.trust_remote_code))
     longest = min(args.max_prompt_tokens, context - args.max_completion_tokens)
     if longest < 1:
@@ -989,7 +989,7 @@ def main(args: Args) -> dict:
 
     report_controller(run, args)
     save_model(run, policy, tokenizer, stops, bfloat16)
-    return run.finish(f"python grpo.py --model {run.folder / 'model'}")
+    return run.finish(f"python rlvr_math.py --model {run.folder / 'model'}")
 
 
 def check_ppo_args(args: Args) -> None:

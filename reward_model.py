@@ -89,6 +89,7 @@ from common.tokenizer import (
     Packed,
     Segment,
     as_messages,
+    encode_continuation,
     encode_prompt,
     encode_text,
     load_tokenizer,
@@ -363,14 +364,14 @@ def encode_comparison(tokenizer, comparison: Comparison) -> Encoded | str:
         before = encode_prompt(tokenizer, prompt)
         for completion in comparison.completions:
             if not tokenizer.chat_template and isinstance(prompt, str) and isinstance(completion, str):
-                ids = before + encode_text(tokenizer, completion) + [tokenizer.eos_token_id]
+                ids = before + encode_continuation(tokenizer, prompt, completion)[1]
             else:
                 chat = as_messages(prompt, "user") + as_messages(completion, "assistant")
                 ids = render_chat(tokenizer, chat).ids
             if ids[: len(before)] != before:
                 return "their turns do not continue the prompt in the chat template"
             completions.append(ids[len(before) :])
-    except (TemplateError, ValueError):  # transformers refuses the empty conversation before an opening assistant
+    except (TemplateError, TypeError, ValueError):  # also the empty conversation before an opening assistant
         return "the chat template refuses them"
     return Encoded(
         before, completions, [[len(ids)] for ids in completions], [], comparison.margin, comparison.probability
@@ -388,11 +389,11 @@ def encode_solution(tokenizer, row: dict, where: str, separator: str) -> Encoded
         return "a step is empty"
     ids, ends = [], []
     for step in steps:
-        ids += encode_text(tokenizer, step, by_assistant=True) + encode_text(tokenizer, separator)  # detail 10
+        ids += [i for text in (step, separator) for i in encode_text(tokenizer, text, begins=False)]  # detail 10
         ends.append(len(ids))
     try:
         prompt = encode_prompt(tokenizer, row["prompt"])
-    except (TemplateError, ValueError):
+    except (TemplateError, TypeError, ValueError):
         return "the chat template refuses them"
     return Encoded(prompt, [ids], [ends], [bool(label) for label in labels])
 
@@ -500,11 +501,11 @@ def load_judge(args, device, bfloat16: bool):
     is better with the first answer as A, and with the second as A. None where its context is too short."""
     principles = Path(args.principles).read_text().splitlines() if args.principles else [PRINCIPLE]
     principles = [line.strip() for line in principles if line.strip()]
-    tokenizer = load_tokenizer(args.judge, args.trust_remote_code, "--judge")
+    tokenizer = load_tokenizer(args.judge, flag="--judge")
     context = context_length(load_config(args.judge, args.trust_remote_code, "--judge"))
     judge = load_model(replace(args, model=args.judge), device).requires_grad_(False)
-    opening = encode_text(tokenizer, "The better answer is Answer ")
-    options = [encode_text(tokenizer, option)[-1] for option in "AB"]
+    opening = encode_text(tokenizer, "The better answer is Answer ", begins=False)
+    options = [encode_text(tokenizer, option, begins=False)[-1] for option in "AB"]
     head = judge.get_output_embeddings()
     weight, bias = head.weight[options], None if head.bias is None else head.bias[options]
 
@@ -540,7 +541,7 @@ def complete_prompts(args: Args, tokenizer, rows: dict[int, dict], device, conte
     for i, prompt in prompts.items():
         try:
             ids[i] = encode_prompt(tokenizer, prompt)
-        except (TemplateError, ValueError):  # what the template refuses cannot be asked
+        except (TemplateError, TypeError, ValueError):  # what the template refuses cannot be asked
             ids[i] = []
     kept = [i for i in rows if 0 < len(ids[i]) <= min(args.max_prompt_tokens, context - 1)]
     budgets = [min(args.max_completion_tokens, context - len(ids[i])) for i in kept]
@@ -755,7 +756,7 @@ def main(args: Args) -> dict:
     held_out_source = args.eval_dataset or (f"{embedded}_test.jsonl" if args.dataset is None else None)
     if held_out_source:
         held_out = load_held_out(args, held_out_source, COLUMNS[args.kind])[: args.eval_rows]
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model)
     context = context_length(load_config(args.model, args.trust_remote_code))
     run = None
     if args.judge:  # before the rest, because its labels are written into the run's folder

@@ -102,6 +102,7 @@ from common.kl import has_known_logits, hidden_states, kl_estimate, local_token_
 from common.tokenizer import (
     Segment,
     as_messages,
+    encode_continuation,
     encode_prompt,
     encode_text,
     load_tokenizer,
@@ -880,14 +881,14 @@ def force_budget(sampler, tokenizer, questions, groups, args: Args, indices: lis
 
     for round_ in range(args.extend_thinking):
         starts = {
-            i: encode_text(tokenizer, text_of(i).partition("</think>")[0] + args.wait_cue, by_assistant=True)
+            i: encode_text(tokenizer, text_of(i).partition("</think>")[0] + args.wait_cue, begins=False)
             for i in range(len(rows)) if "</think>" in text_of(i)
         }  # fmt: skip
         for i, row in go_on(starts, think_limit, 2 + round_).items():
             if args.max_think_tokens or row[1]:
                 rows[i] = row
     if args.max_think_tokens:
-        cue = encode_text(tokenizer, args.answer_cue, by_assistant=True)
+        cue = encode_text(tokenizer, args.answer_cue, begins=False)
         starts = {
             i: ids[:think_limit] + ([] if "</think>" in text_of(i) else cue)
             for i, (ids, stopped) in enumerate(rows) if not stopped
@@ -920,12 +921,13 @@ def load_reranker(args: Args, device, bfloat16: bool):
                 chat = [*as_messages(prompt, "user"), {"role": "assistant", "content": text}]
                 ids = render_chat(tokenizer, chat).ids
             else:
-                ids = encode_text(tokenizer, prompt) + encode_text(tokenizer, text) + [tokenizer.eos_token_id]
+                ids = sum(encode_continuation(tokenizer, prompt, text), [])
             return ids[-context:], [len(ids[-context:]) - 1]
         ids, ends = encode_prompt(tokenizer, prompt), []
         reasoning = (text.rpartition("</think>")[0] or text).partition("<answer>")[0]
         for step in filter(str.strip, reasoning.split(config.reward_separator)):
-            step_ids = encode_text(tokenizer, step, by_assistant=True) + encode_text(tokenizer, config.reward_separator)
+            pieces = (step, config.reward_separator)
+            step_ids = [i for piece in pieces for i in encode_text(tokenizer, piece, begins=False)]
             if len(ids) + len(step_ids) > context:
                 break
             ids += step_ids
@@ -978,7 +980,7 @@ def encode_questions(tokenizer, rows: list[dict], source: str, max_tokens: int) 
         prompt = row["prompt"] if row.get("prompt") is not None else row["question"]
         try:
             ids = encode_prompt(tokenizer, prompt, row.get("tools"))
-        except (TemplateError, ValueError):  # the latter for an empty list of messages
+        except (TemplateError, TypeError, ValueError):  # the latter for an empty list of messages
             refused += 1
             continue
         if 0 < len(ids) <= max_tokens:
@@ -1001,7 +1003,7 @@ def load_scalar_models(path: str, flag: str, config, trust_remote_code: bool, de
     """Tokenizer and members of the sequence classifier with one label at `path`, which `flag` named."""
     if getattr(config, "num_labels", 0) != 1:
         sys.exit(f"{flag} {path}: needs a sequence classifier with one label; this has {config.num_labels}.")
-    tokenizer, members = load_tokenizer(path, trust_remote_code, flag), []
+    tokenizer, members = load_tokenizer(path, flag=flag), []
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     for k in range(getattr(config, "reward_members", 1)):
         try:
@@ -1331,7 +1333,7 @@ def main(args: Args) -> dict:
     held_out = read_questions([held_out[i] for i in chosen], held_out_source, args.instruction, patient)
     rows = [] if args.evaluate_only else read_questions(rows, args.dataset, args.instruction, patient)
     patient.close()
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model)
     if args.template == "r1_zero":
         begins = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + R1_ZERO_TEMPLATE  # stays with the saved model

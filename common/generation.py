@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig
+from tqdm import tqdm
 
 from common.kl import grouped_attention, head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
 from common.tokenizer import pad
@@ -84,7 +86,7 @@ class Sampler:
         if not self.served:
             name = type(model).__name__
             print(f"notice: the fast sampler does not serve {name}; using model.generate instead.", file=sys.stderr)
-        is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.is_copy = is_sharded or next(model.parameters()).dtype != dtype
         self.model = _empty_copy(model, dtype) if self.is_copy else model
         self.slots: _Slots | None = None
@@ -97,7 +99,7 @@ class Sampler:
         self.kept.clear()
         if self.is_copy:
             for target, source in zip(self.model.parameters(), self.source.parameters()):
-                target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+                target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
             for target, source in zip(self.model.buffers(), self.source.buffers()):  # such as the biases of a router
                 target.copy_(source)
         head = self.model.get_output_embeddings()
@@ -161,6 +163,8 @@ class Sampler:
 
     def _fall_back(self, prompts, budgets, num_samples, temperature, seed, numbers, progress) -> list[Completion]:
         """The same result from `model.generate`, prompt by prompt, for models whose layers have no key/value slots."""
+        from transformers import GenerationConfig
+
         results = []
         stops = self.stop_ids.tolist()
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # no penalties, no min_p
@@ -606,3 +610,159 @@ def _decode_llama(model, ids: torch.Tensor, positions: torch.Tensor, attend) -> 
         x = normalise(layer.post_attention_layernorm, hidden)
         hidden = hidden + project(mlp.down_proj, mlp.act_fn(project(mlp.gate_proj, x)) * project(mlp.up_proj, x))
     return normalise(model.norm, hidden)
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def final_answer(text: str) -> str | None:
+    """The answer that a text states after its reasoning, or None if that is never closed.
+
+    The first of these: the last \\boxed{} (inside the last <answer> tag, if there is one); that tag; the last number
+    that stands behind ####; words behind "the answer is"; the last number; the last line. Where the last line holds a
+    ####, the last three look only behind it.
+    """
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    tags = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    text = tags[-1] if tags else text
+    if boxed := _last_box(text):
+        return boxed
+    if tags:
+        return text
+    lines = [line.strip() for line in re.split(r"####", text)[1:]]
+    for line in reversed(lines):
+        if _number(line.partition("\n")[0].rpartition("=")[2]):
+            return line.partition("\n")[0]
+    last = text.rstrip().rpartition("\n")[2]
+    if lines and "####" in last:  # any other is a heading
+        text = lines[-1]
+    *_, said = [None, *re.finditer(r"answer(?: is|:)\s*(.+?)(?:\.\s|\n|$)", text, re.IGNORECASE)]
+    if said and not re.search(r"\d", text[said.start() :]) and _words(said[1]):
+        return said[1]
+    numbers = re.findall(NUMBER, _plain(text))
+    return numbers[-1] if numbers else text.strip().rpartition("\n")[2]
+
+
+def _last_box(text: str) -> str | None:
+    """What stands in the last \\boxed, with braces that match or without any."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].partition("box")[2].removeprefix("ed").lstrip()
+    if not rest.startswith("{"):
+        return re.match(r"[^\s$]*", rest)[0] or None
+    depth = 0
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+# A sign stands behind no digit or letter; thousands come in threes; a fraction is no date.
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+"
+NUMBER = rf"(?:(?<![\w.)])[+-])?(?<![\d/])(?:\d+ (?=\d+/))?(?:{DIGITS})(?:/\d+(?![\d/]))?%?"
+TYPOGRAPHY = {0x2212: "-", 0x2013: "-", 0xFF0D: "-", 0x00A0: " ", 0x202F: None, 0x2009: None}
+
+
+def _plain(text: str) -> str:
+    """Text without what is only typography: currency, emphasis, LaTeX's spaces, texts and fractions."""
+    if re.fullmatch(r"[A-Za-z0-9 .,=/%-]*", text):
+        return " ".join(text.split())
+
+    def fraction(match: re.Match) -> str:
+        return "/".join(part if re.fullmatch(r"[\w.]*", part) else f"({part})" for part in match.groups())
+
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text.translate(TYPOGRAPHY))
+    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", fraction, text)
+    text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2", text)
+    text = re.sub(r"\\left|\\right|\\[()\[\]]|\^?\\circ|\\[,!;: ]|\\(?=[$%])|[$€£¥`]", "", text.replace("{,}", ","))
+    return " ".join(re.sub(r"\*\*|(?<![\w)])\*|\*(?![\w(])", "", text).split())
+
+
+def _number(answer: str) -> tuple[set[Fraction], str] | None:
+    """The exact values that an answer may have as a number, two for a percentage, and its unit; None if it is none."""
+    plain = _plain(answer).rstrip(".!")
+    unit = r"%|°.*| (?!or\b|not\b)[^\W\d_][^\d=]*|(?!st\b|nd\b|rd\b|th\b)[^\W\d_]{2}[^\d=]*|"
+    match = re.fullmatch(rf"([+-]?) ?(\d+ (?=\d+/))?({DIGITS})(?: ?/ ?(\d+))? ?({unit})", plain)
+    if not match:
+        return None
+    sign, whole, digits, below, unit = match.groups()
+    try:
+        value = Fraction(digits.replace(",", "")) / int(below or 1) + int(whole or 0)
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads
+        return None
+    value = -value if sign == "-" else value
+    return ({value, value / 100} if unit == "%" else {value}), _words(unit)
+
+
+def _words(answer: str) -> str:
+    """An answer as text, without case, an article in front, quotes and brackets around it, and periods."""
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", _plain(answer).casefold()).strip("\"'“”‘’,:;!? ")
+    text = re.sub(r"^[(\[{]([^,()\[\]{}]*)[)\]}]$", r"\1", text)
+    return re.sub(r"^(?:the|an?) (?=.)", "", text)
+
+
+def _is_same(answer: str, gold: str) -> bool:
+    """Whether two answers are equal: as exact numbers, whose units must agree where both have one, or as text."""
+    answer = answer if "=" in gold else answer.rpartition("=")[2]
+    given, right = _number(answer), _number(gold)
+    if given and right and len(right[1].split()) < 3:  # longer ones are names: 1 World Trade Center
+        return bool(given[0] & right[0]) and (given[1] == right[1] or "" in (given[1], right[1]))
+    return _words(answer) == _words(gold)
+
+
+def is_correct(text: str, gold: str | list[str]) -> bool:
+    """Whether the final answer of `text` is `gold`, or one of several."""
+    answer = final_answer(text)
+    golds = [gold] if isinstance(gold, str) else gold
+    golds = [(final_answer(g) or "") if "####" in g or "\\boxed" in g else g for g in golds]
+    return answer is not None and any(_is_same(answer, g) for g in golds)
+
+
+@torch.no_grad()
+def evaluate_answers(
+    sampler,
+    tokenizer,
+    questions,
+    max_tokens: int,
+    num_samples: int,
+    temperature: float,
+    seed: int,
+    rank: int,
+    world: int,
+) -> tuple[dict, list[dict]]:
+    """Answer held-out questions `num_samples` times at `temperature` and once greedily, each process its share of them.
+
+    Returns: `eval/completion_length` and `eval/truncated_fraction` of the samples, and, if any question has an answer,
+    `eval/accuracy` and `eval/accuracy_greedy`, over all processes; and for the log one sample of each of this process's
+    questions, whose `reward` is whether it is right. Both use `is_correct`, also for completions that were cut.
+    """
+    sampler.sync()
+    places = list(range(rank, len(questions), world))
+    mine = [questions[i] for i in places]
+    prompts, samples = [question["ids"] for question in mine], []
+    with tqdm(total=len(mine) * (num_samples + 1), desc="evaluating", leave=False, disable=None) as bar:
+        sampling = {"indices": places, "progress": bar.update}
+        sampled = sampler.generate(prompts, max_tokens, num_samples, temperature, seed, **sampling)
+        greedy = sampler.generate(prompts, max_tokens, temperature=0.0, **sampling)
+    sums = torch.zeros(5, dtype=torch.float64, device=sampler.device)  # right, right if greedy, known; tokens, cut
+    for question, group, best in zip(mine, sampled, greedy):
+        gold = question["row"].get("answer")
+        texts = [question["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for c in [*group, *best]]
+        *right, right_greedy = [gold is not None and is_correct(text, gold) for text in texts]
+        lengths = sum(len(c.ids) for c in group) / num_samples
+        cut = sum(not c.stopped for c in group) / num_samples
+        sums += torch.tensor([sum(right) / num_samples, right_greedy, gold is not None, lengths, cut]).to(sums)
+        prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+        samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": gold})
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    right, right_greedy, known, length, cut = sums.tolist()
+    metrics = {"eval/completion_length": length / len(questions), "eval/truncated_fraction": cut / len(questions)}
+    if known:
+        metrics = {"eval/accuracy": right / known, "eval/accuracy_greedy": right_greedy / known, **metrics}
+    return metrics, samples

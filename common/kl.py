@@ -17,16 +17,117 @@ Per token in the loss, all of them leave out what a token does to the divergence
 
 from __future__ import annotations
 
+import math
+import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from common.tokenizer import Packed
+from common.tokenizer import (
+    Packed,
+    Segment,
+    encode_answered,
+    first_line,
+    first_of,
+    load_tokenizer,
+    pack,
+    pack_completions,
+    pad_rows,
+    split_by_tokens,
+    tell,
+)
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def load_config(path: str, flag: str = "--model"):
+    """The model's configuration, with dropout off. Exits with a sentence that names `flag` if `path` has none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{flag} {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
+    for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
+        setattr(config, name, 0.0)
+    return config
+
+
+def context_length(path: str) -> int:
+    """The longest text, in tokens, that the model at `path` takes; sys.maxsize if its configuration names no limit.
+
+    Rotary embeddings that change with the longest text of a batch (longrope, dynamic) are kept to the length up to
+    which they do not; beyond it, a text's log-probabilities would depend on its neighbours.
+    """
+    config = load_config(path).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
+        stated = config.rope_parameters.get("original_max_position_embeddings")
+        return stated or getattr(config, "original_max_position_embeddings", None) or longest
+    return longest
+
+
+def load_model(path: str, device, gradient_checkpointing: bool = False, flag: str = "--model"):
+    """The causal language model at `path` on `device`, in float32, with the attention of `use_layout` if it can.
+
+    It is in evaluation mode, or in training mode, with dropout off, for gradient checkpointing. Exits with a sentence
+    that names `flag` if it cannot be loaded or if `head_logits` does not give its logits.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = load_config(path, flag)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=torch.float32)
+    except Exception as error:  # OSError, SafetensorError, RuntimeError, …, all of them about what the user named
+        sys.exit(f"{flag} {path}: no causal language model could be loaded from there ({first_line(error)}).")
+    use_layout(model.to(device).eval())
+    if not has_known_logits(model):
+        sys.exit(
+            f"{flag} {path}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
+            "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model."
+        )
+    if hasattr(config.get_text_config(), "router_aux_loss_coef"):
+        tell(f"notice: the load-balancing loss of {path}, a mixture of experts, is no part of the loss.")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train(gradient_checkpointing)
+
+
+def shard(model, world: int):
+    """Spread parameters, gradients and optimizer state over `world` processes, layer by layer (FSDP2), in place.
+    Returns `model`, unchanged for one process. Weights are gathered in float32 and rounded by autocast, as in one
+    process: only the order of sums differs.
+
+    With bfloat16 and without --gradient-checkpointing, each process keeps the rounded copy of all weights from the
+    forward to the backward.
+    """
+    if world > 1:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
+            fully_shard(module)
+        fully_shard(model)
+        model.sharded_token_logprobs = partial(local_token_logprobs, model)
+        register_fsdp_forward_method(model, "sharded_token_logprobs")
+    return model
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Clip the gradients to a global norm of `max_norm` and return the norm before. Exits with a sentence if it is not
+    finite, before the weights are harmed."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm):
+        sys.exit(
+            f"The gradient's norm is {norm}: the run has diverged and stops before its weights are harmed. Lower "
+            "--learning-rate; --resume goes on from the last checkpoint."
+        )
+    return norm
+
 
 # ---------------------------------------------------------------------------------------------- attention
 
@@ -40,15 +141,13 @@ def layout_attention(module, query, key, value, attention_mask, scaling=None, la
     Shapes: query [B, H, T, D], key and value [B, H_kv, T, D]; returns [B, T, H, D] and None, as transformers wants.
     """
     if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     window = kwargs.get("sliding_window")
     if isinstance(layout, Packed):
         return packed_attention(layout, query, key, value, scaling, window), None
     return layout.attend(module.layer_idx, query, key, value, scaling, window), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 
 
 class _Probe:
@@ -71,6 +170,11 @@ def use_layout(model) -> None:
     states must be those of transformers' own attention. Others (state-space layers, soft-capped scores, sinks,
     compressed or shared keys) keep their implementation.
     """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
     config, own = model.config.get_text_config(), model.config._attn_implementation
     kinds = getattr(config, "layer_types", None) or []
     can_be = model._supports_sdpa and model._supports_attention_backend and not model._is_stateful
@@ -161,35 +265,53 @@ def grouped_attention(query, key, value, mask, scaling) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- log-probabilities
 
 
-def token_logprobs(
-    model, batch: Packed, temperature: float = 1.0, packing: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every scored token of a packed row, and the entropy of the distribution it came from.
 
     Args:
         model: a causal language model that has been through `use_layout`.
         temperature: logits are divided by it, as they were in sampling; 1 for likelihood training.
-        packing: run the row as it is; otherwise one padded row per text, which gives the same numbers.
 
     Returns: `logprobs` [S] with gradient, `entropy` [S] in nats without, both float32.
     """
     if hasattr(model, "sharded_token_logprobs"):  # FSDP gathers weights only around methods registered with it
-        return model.sharded_token_logprobs(batch, temperature, packing)
-    return local_token_logprobs(model, batch, temperature, packing)
+        return model.sharded_token_logprobs(batch, temperature)
+    return local_token_logprobs(model, batch, temperature)
 
 
-def local_token_logprobs(model, batch: Packed, temperature: float, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_logprobs(
+    model,
+    rows: list[int],
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    temperature: float = 1.0,
+    bfloat16: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [b, T] with gradient, and entropies [b, T] without, of the completions `rows` given their
+    prompts; float32, zero behind a completion. T is the longest of all `completions`, in `rows` or not. Neighbours with
+    equal prompts share the prompt's forward and backward."""
+    device, width = next(model.parameters()).device, max(map(len, completions))
+    packed = pack_completions([prompts[i] for i in rows], [completions[i] for i in rows]).to(device)
+    # A forward needs each weight once: a cache of their bfloat16 copies would only take memory.
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+        logprobs, entropy = token_logprobs(model, packed, temperature)
+    return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
+
+
+def local_token_logprobs(model, batch: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs` of a model whose weights this process holds, or has gathered."""
-    hidden = hidden_states(model, batch, packing)[batch.sources]
+    hidden = hidden_states(model, batch)[batch.sources]
     return head_logprobs(model.get_output_embeddings(), hidden, batch.targets, temperature, logit_shape(model))
 
 
-def hidden_states(model, batch: Packed, packing: bool = True) -> torch.Tensor:
-    """Last hidden states [N, d] of a packed row. Models that `layout_attention` cannot serve are given each text by
-    itself, padded on the right, where a causal model never sees the padding."""
-    if packing and supports_layout(model):
+def hidden_states(model, batch: Packed) -> torch.Tensor:
+    """Last hidden states [N, d] of a packed row. Models that `layout_attention` cannot serve get each text as a row of
+    its own, padded on the right, where a causal model does not see it; sharded, they exit with a sentence."""
+    if supports_layout(model):
         layout = layout_arguments(batch, batch.ids.device)
         return model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, **layout).last_hidden_state[0]
+    from torch.distributed.fsdp import FSDPModule
+
     if isinstance(model, FSDPModule):  # each forward gathers weights: processes must make equally many
         raise SystemExit(
             f"Several processes train packed rows only, and those of this {model.config.model_type} model are padded. "
@@ -329,6 +451,77 @@ def matrix_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, onto: t
                 matmul.fp32_precision = before
         product = torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
         return product if onto is None else onto.add_(product)
+
+
+# ---------------------------------------------------------------------------------------------- reward models
+
+
+def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0.5) -> torch.Tensor:
+    """One score from those of N members. scores [N, B], normalised; returns [B].
+
+    mean; min: the worst case; uwo: mean − penalty · (population) variance, uncertainty-weighted (Coste et al.).
+    """
+    if how == "min":
+        return scores.amin(0)
+    return scores.mean(0) - (penalty * scores.var(0, correction=0) if how == "uwo" else 0)
+
+
+class RewardModel:
+    """Scores whole answers with the output of reward_model.py: a sequence classifier with one label, or an ensemble.
+
+    Texts are rendered with the reward model's own tokenizer and template. Each member's score is normalised by the
+    `reward_mean` and `reward_std` in its configuration; `ensemble` (mean, min, uwo) then joins the members' scores.
+    Weights are float32, matrix products bfloat16 on request. Exits with a sentence if a member cannot be loaded.
+    """
+
+    def __init__(self, path: str, device, bfloat16: bool, max_tokens: int, ensemble: str = "mean"):
+        from transformers import AutoModelForSequenceClassification
+
+        flag, config = f"--reward-model {path}", load_config(path, "--reward-model")
+        if getattr(config, "reward_kind", "outcome") != "outcome" or config.num_labels != 1:
+            sys.exit(f"{flag}: needs a sequence classifier with one label that scores whole answers.")
+        self.tokenizer, self.context = load_tokenizer(path, flag="--reward-model"), context_length(path)
+        self.members = []
+        self.device, self.bfloat16, self.max_tokens, self.ensemble = device, bfloat16, max_tokens, ensemble
+        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        for k in range(getattr(config, "reward_members", 1)):
+            options["subfolder"] = f"member_{k}" if k else ""
+            try:
+                model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
+            except Exception as error:  # all of them about what the user named
+                sys.exit(f"{flag}: member {k} of the reward model could not be loaded ({first_line(error)}).")
+            if info["missing_keys"]:
+                sys.exit(f"{flag}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
+            use_layout(model.to(device).eval().requires_grad_(False))
+            self.members.append(model)
+
+    @torch.no_grad()
+    def __call__(self, row: dict, texts: list[str]) -> torch.Tensor:
+        """Scores [G], float32 on the CPU, of G answers to the prompt of `row`. Raises ValueError if it has none."""
+        prompt = first_of(row, "prompt", "question", "problem")
+        rows = [encode_answered(self.tokenizer, prompt, text)[-self.context :] for text in texts]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
+            logits = torch.stack([self.logits(model, rows) for model in self.members])  # [N, G]
+        mean, std = (
+            torch.tensor([getattr(model.config, name, default) for model in self.members], device=self.device)[:, None]
+            for name, default in (("reward_mean", 0.0), ("reward_std", 1.0))
+        )
+        return aggregate_scores((logits - mean) / std, self.ensemble).cpu()
+
+    def logits(self, model, rows: list[list[int]]) -> torch.Tensor:
+        """Raw scores [B] of `rows` by one member: packed if its head is linear, else one row at a time. Heads run in
+        float32, because rounded scores tie."""
+        is_linear = isinstance(getattr(model, "score", None), torch.nn.Linear)
+        scores = torch.zeros(len(rows), device=self.device)
+        for part in split_by_tokens(rows, self.max_tokens if is_linear else 1):
+            if is_linear:
+                packed = pack([Segment(rows[i], [False] * len(rows[i])) for i in part]).to(self.device)
+                last = torch.tensor([len(rows[i]) for i in part], device=self.device).cumsum(0) - 1
+                hidden = hidden_states(model, packed)[last].float()
+            with torch.autocast(self.device.type, enabled=False):
+                ids = torch.tensor([rows[part[0]]], device=self.device)
+                scores[part] = model.score(hidden)[:, 0] if is_linear else model(input_ids=ids).logits[0]
+        return scores
 
 
 # ---------------------------------------------------------------------------------------------- KL and statistics

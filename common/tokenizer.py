@@ -1,77 +1,140 @@
-"""From text to token ids: load a tokenizer, render chats with exact masks, pad, and pack.
+"""From text to token ids: rows of data sets, chats with exact masks, padding, packing, microbatches.
 
-Three rules hold everywhere in this project, and the functions here are what makes them hold:
+Rules that hold everywhere in this project, and that the functions here make hold:
 
+* ids are the tokenizer's own: those of the rendered chat as a whole, or of plain text behind a BOS where it has one;
 * masks come from lengths and spans, never from `ids != pad` (pad is often the end-of-sequence token);
 * the token that ends a turn belongs to the assistant, so a model learns to stop;
-* text that a user, a tool or a data set wrote cannot become a special token.
+* text that a user, a tool or a data set wrote cannot become a control token;
+* a row that cannot be used is dropped and counted; the others are kept as Arrow on disk, not as Python objects.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Sequence
+import sys
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache, partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
 
-SENTINEL = "\ue000"  # private-use character: marks where a forged special token is cut, never tokenised
+TINY = Path(__file__).resolve().parent / "tiny"  # the embedded model and its data
+PLAIN_TEMPLATE = (  # for base models: no new tokens, every turn of the assistant ends with the EOS
+    "{% for m in messages %}{{ m.role | capitalize + ': ' + m.content + (eos_token if m.role == 'assistant' else '') }}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+PROBE = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "REPLY"), ("user", "b"))]
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
+ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython", "observation")}
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False, flag: str = "--model"):
-    """The tokenizer at `path` (folder or Hub name), with a pad token; exits with a sentence, in which `flag` says where
-    `path` came from, if there is none.
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    The pad id is only a filler: nothing ever compares ids with it.
+
+def tell(sentence: str) -> None:
+    """Print, once for all processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(sentence)
+
+
+def load_tokenizer(path: str, today: str | None = None, flag: str = "--model"):
+    """The tokenizer at `path` (folder or Hub name), with a pad token, which only fills gaps: no code compares ids
+    with it.
+
+    Chat templates print the date `today` (YYYY-MM-DD), so that a resumed run sees the prompts it began with. Exits with
+    a sentence that names `flag` if the tokenizer cannot be loaded, is not a fast one, or has no end-of-sequence token.
     """
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(
-            f"{flag} {path}: no tokenizer could be loaded from there ({_first_line(error)}). Give a folder saved "
+            f"{flag} {path}: no tokenizer could be loaded from there ({first_line(error)}). Give a folder saved "
             "with save_pretrained, or a Hub name that this machine can reach."
         ) from error
+    if not tokenizer.is_fast:
+        raise SystemExit(f"{flag} {path}: masks need a tokenizer with character offsets, a fast one; this is not.")
     if tokenizer.eos_token is None:
         raise SystemExit(f"{flag} {path}: its tokenizer has no end-of-sequence token, so no text could ever stop.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.no_truncation()  # which some are saved with
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.today = date.fromisoformat(today) if today else date.today()
     return tokenizer
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def ensure_chat_template(tokenizer, file: str | None = None) -> None:
+    """Give the tokenizer the template in `file`, or a plain one if it has none; it is saved with the model. Exits with
+    a sentence if there is no such file."""
+    if file:
+        if not Path(file).is_file():
+            raise SystemExit(f"--chat-template {file}: no such file.")
+        tokenizer.chat_template = Path(file).read_text()
+    elif not tokenizer.chat_template:
+        has_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
+        tell(f"{tokenizer.name_or_path} has no chat template: its chats become 'User: …', 'Assistant: …' and the EOS.")
 
 
 # ---------------------------------------------------------------------------------------------- plain text
 
 
-def _neutralise(tokenizer, text: str, special_only: bool) -> str:
-    """Put a sentinel inside every literal of an added token, so that the tokenizer no longer recognises it."""
-    added = [t for t in tokenizer.added_tokens_decoder.values() if len(t.content) > 1]
-    literals = sorted({t.content for t in added if t.special or not special_only}, key=len, reverse=True)
-    text = text.replace(SENTINEL, "")
-    if not literals:
-        return text
-    pattern = re.compile("|".join(map(re.escape, literals)))
-    while match := pattern.search(text):
-        text = text[: match.start() + 1] + SENTINEL + text[match.start() + 1 :]
-    return text
+def control_tokens(tokenizer) -> re.Pattern:
+    """Matches every special token written out, and every other added token with which the chat template marks roles."""
+    return _control_tokens(tokenizer, tokenizer.get_chat_template() if tokenizer.chat_template else "")
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    """Ids of rendered text. Pieces between sentinels are encoded apart; no BOS or EOS is added."""
-    pieces = [piece for piece in text.split(SENTINEL) if piece]
-    return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+@lru_cache
+def _control_tokens(tokenizer, chat_template: str) -> re.Pattern:
+    try:
+        marks = _render(tokenizer, PROBE, None, False).replace("<think>", "").replace("</think>", "")
+    except Exception:  # no template, or one that refuses the probe
+        marks = ""
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    literals = {token.content for token in added if token.special or token.content in marks}
+    return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or r"(?!)")
 
 
-def encode_text(tokenizer, text: str, by_assistant: bool = False) -> list[int]:
-    """Token ids of text from outside: special tokens written in it stay ordinary characters. An assistant may write
-    added tokens that are no control tokens, such as <think>."""
-    return _encode(tokenizer, _neutralise(tokenizer, text, special_only=by_assistant))
+def defused(tokenizer, value):
+    """`value` (text, or lists and dicts of it) with every control token that is written out in it broken by a space, so
+    that data cannot forge one. Half surrogate pairs, which no tokenizer accepts, become U+FFFD."""
+    if isinstance(value, str):
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not value.isascii() else value
+        return control_tokens(tokenizer).sub(lambda match: f"{match[0][0]} {match[0][1:]}", value)
+    if isinstance(value, dict):
+        return {defused(tokenizer, key): defused(tokenizer, inner) for key, inner in value.items()}
+    return [defused(tokenizer, inner) for inner in value] if isinstance(value, list) else value
+
+
+def encode_text(tokenizer, text: str, begins: bool = True) -> list[int]:
+    """Ids of plain text as the tokenizer gives them, with its BOS, if it adds one, unless `begins` is false because the
+    text continues another. Control tokens written in it stay ordinary characters."""
+    return tokenizer.backend_tokenizer.encode(defused(tokenizer, text), add_special_tokens=begins).ids
+
+
+def encode_continuation(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Ids of a plain-text prompt, and of its completion with the EOS. They are tokenised as one text, unless a token
+    would span the boundary: a model is asked with the ids of the prompt alone."""
+    ids, whole = encode_text(tokenizer, prompt), encode_text(tokenizer, prompt + completion)
+    rest = whole[len(ids) :] if whole[: len(ids)] == ids else encode_text(tokenizer, completion, begins=False)
+    return ids, rest + [tokenizer.eos_token_id]
 
 
 # ---------------------------------------------------------------------------------------------- chats
@@ -84,33 +147,39 @@ class Rendered(NamedTuple):
     mask: list[bool]
 
 
+@lru_cache
+def _dated(template: str, today: date) -> str:
+    """The template with the date filled in where it asks for that of the day."""
+    literal = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    return re.sub(literal, lambda match: repr(today.strftime(match[2])), template)
+
+
 def _render(tokenizer, messages: list[dict], tools, generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
+    template = _dated(tokenizer.get_chat_template(tools=tools), getattr(tokenizer, "today", date.today()))
+    options = {"tools": tools, "chat_template": template, "tokenize": False}
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **options)
 
 
 def end_of_turn(tokenizer) -> str:
-    """The literal special token with which the chat template closes an assistant turn, e.g. `<|im_end|>`."""
-    require_chat_template(tokenizer)
-    ask, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "REPLY"}
-    rest = _render(tokenizer, [ask, reply], None, False).rpartition("REPLY")[2]
-    specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    found = sorted((rest.find(s), -len(s), s) for s in specials if s in rest)
+    """The control token that closes an assistant's turn in the chat template, e.g. `<|im_end|>`: the last one, if there
+    are several. One that closes only whole conversations is used if turns have none. Exits with a sentence if there is
+    neither."""
+    return _end_of_turn(tokenizer, tokenizer.get_chat_template())
+
+
+@lru_cache
+def _end_of_turn(tokenizer, chat_template: str) -> str:
+    last = _render(tokenizer, PROBE[:2], None, False).rpartition("REPLY")[2]
+    inner = _render(tokenizer, PROBE, None, False).rpartition("REPLY")[2]
+    shared = os.path.commonprefix([last, inner])
+    found = control_tokens(tokenizer).findall(shared) or control_tokens(tokenizer).findall(last)
     if not found:
         raise SystemExit(
             f"The chat template of {tokenizer.name_or_path} ends an assistant turn without a special token, so a "
             "model trained with it would never stop. Use a template that closes the turn (for example with the "
             "end-of-sequence token)."
         )
-    return found[0][2]
-
-
-def require_chat_template(tokenizer) -> None:
-    """Exit with a sentence where messages are to be rendered and the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        raise SystemExit(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template, but the data holds messages. Use the "
-            "instruct version of the model, set tokenizer.chat_template and save it, or give plain text."
-        )
+    return found[-1]
 
 
 def stop_token_ids(tokenizer, model=None) -> list[int]:
@@ -123,60 +192,106 @@ def stop_token_ids(tokenizer, model=None) -> list[int]:
     return sorted(stops)
 
 
+def read_messages(value, role: str = "user") -> list[dict]:
+    """Read `value` as a list of messages with `role` and `content`. It may be plain text (one message of `role`), such
+    messages, their JSON, ShareGPT's `from` and `value`, or pairs of `input` and `output`; else raises ValueError."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        try:
+            decoded = json.loads(value)
+        except ValueError:
+            decoded = [{}]  # a text that begins like that
+        value = decoded if all({"role", "from", "input"} & set(message) for message in decoded) else value
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise ValueError("conversations must be text or lists of messages with role and content")
+    messages = []
+    for message in value:
+        if "input" in message and "output" in message:
+            messages += [{"role": "user", "content": message["input"]}]
+            messages += [{"role": "assistant", "content": message["output"]}]
+            continue
+        if "from" in message and "value" in message:
+            message = {"role": message["from"], "content": message["value"]}
+        if message.get("role") not in ROLES:
+            raise ValueError(f"no role of a message: {str(message.get('role'))[:40]!r}")
+        message = {**message, "role": ROLES[message["role"]]}
+        content = message.get("content")
+        if not message.get("tool_calls") and not isinstance(content, str):
+            raise ValueError("a message without text, or with more than text")
+        if message["role"] == "assistant" and not message.get("tool_calls") and not content.strip():
+            raise ValueError("an empty turn of the assistant")
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            if isinstance(function.get("arguments"), str):  # as they come over the wire; templates want the object
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+        messages.append(message)
+    return messages
+
+
+def render_text(tokenizer, messages: list[dict], tools=None, generation_prompt: bool = False):
+    """A conversation as text, and the spans of characters that the assistant wrote, end of turn included.
+
+    An assistant's turn starts where the conversation before it, rendered with a generation prompt, ends. It runs to the
+    next end-of-turn token, which its content cannot contain. This needs no `{% generation %}`, and works for templates
+    that drop the reasoning of earlier turns. Raises ValueError if the template changes earlier text when a turn is
+    added, or leaves out a tool call.
+    """
+    safe, tools = defused(tokenizer, messages), defused(tokenizer, tools)
+    text, spans = _render(tokenizer, safe, tools, generation_prompt), []
+    for i, message in enumerate(safe):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, safe[:i], tools, True)
+        is_plain = "</think>" not in str(message.get("content"))
+        if is_plain and before.rstrip().endswith("<think>") and not text.startswith(before):
+            before = before[: before.rindex("<think>")]  # the prompt begins the reasoning that this turn has not
+        end = text.find(end_of_turn(tokenizer), len(before)) + len(end_of_turn(tokenizer))
+        if not text.startswith(before) or end <= len(before):
+            raise ValueError("the chat template rewrites earlier turns once there are later ones")
+        if spans and spans[-1][1] > len(before):
+            raise ValueError("the chat template closes no turn but the last")
+        for call in message.get("tool_calls") or []:
+            if call.get("function", call)["name"] not in text[len(before) : end]:
+                raise ValueError("the chat template does not know tool calls")
+        spans.append((len(before), end))
+    return text, spans
+
+
 def render_chat(
     tokenizer, messages: list[dict], tools: list | None = None, generation_prompt: bool = False
 ) -> Rendered:
-    """Token ids of a conversation and the mask of what the assistant wrote, end-of-turn token included.
+    """Ids of a conversation, tokenised as a whole, and the mask of what the assistant wrote (see `render_text`)."""
+    text, spans = render_text(tokenizer, messages, tools, generation_prompt)
+    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    mask, (starts, ends) = [False] * len(encoded.ids), zip(*encoded.offsets)
+    for first, last in spans:  # offsets may lack white space, or have some behind a control token
+        for i in range(bisect_right(ends, first), bisect_left(starts, last)):
+            mask[i] = starts[i] >= first
+    return Rendered(encoded.ids, mask)
 
-    Args:
-        messages: `{"role": …, "content": …}` dicts, oldest first.
-        tools: JSON schemas for templates that know tools.
-        generation_prompt: end with the header of an assistant turn, ready to be continued by sampling.
 
-    The conversation is rendered once as a whole. An assistant turn begins where the same conversation up to
-    there, with a generation prompt, ends, and closes with the first end-of-turn token after that, which its
-    content cannot contain because it is neutralised. This needs no `{% generation %}` in the template and
-    is right for templates that drop the reasoning of earlier turns. A template that changes what stands *before* an
-    assistant turn depending on what follows has no exact mask and is refused. Text is tokenised in pieces cut
-    at those boundaries, so that a prompt's ids at sampling time are a prefix of the ids trained on.
-    """
-    require_chat_template(tokenizer)
-    safe = []
-    for message in messages:
-        # An assistant may write added tokens that are no control tokens, such as <think> or <tool_call>.
-        special_only = message.get("role") == "assistant"
-        content = message.get("content")
-        if isinstance(content, str):
-            message = {**message, "content": _neutralise(tokenizer, content, special_only)}
-        safe.append(message)
-    text = _render(tokenizer, safe, tools, generation_prompt)
-    closing = end_of_turn(tokenizer) if any(m.get("role") == "assistant" for m in safe) else ""
-    ids: list[int] = []
-    mask: list[bool] = []
+def opening_text(tokenizer, prompt: str | list[dict], tools: list | None = None) -> tuple[str, str]:
+    """A prompt as text up to the point where the model continues, and the part of the assistant's turn that it already
+    contains: a final message of the assistant, or a `<think>` written by the template. Without a chat template, plain
+    text stays as it is. Raises ValueError if `prompt` cannot be read as messages."""
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return defused(tokenizer, prompt), ""
+    messages, prefill = defused(tokenizer, read_messages(prompt)), ""
+    whole = _render(tokenizer, messages, defused(tokenizer, tools), False)
+    if messages[-1]["role"] == "assistant":
+        prefill = messages.pop()["content"]
+    text = _render(tokenizer, messages, defused(tokenizer, tools), True)
+    if prefill and whole.startswith(text) and prefill in whole[len(text) :]:
+        return whole[: whole.rindex(prefill) + len(prefill)], prefill  # with what the template puts in front of it
+    opens = "<think>" if text.rstrip().endswith("<think>") else ""
+    return text + prefill, opens + prefill
 
-    def append(piece: str, is_assistant: bool) -> None:
-        tokens = _encode(tokenizer, piece)
-        ids.extend(tokens)
-        mask.extend([is_assistant] * len(tokens))
 
-    done = 0  # characters of `text` encoded so far
-    for i, message in enumerate(safe):
-        if message.get("role") != "assistant":
-            continue
-        before = _render(tokenizer, safe[:i], tools, True)
-        end = text.find(closing, len(before))
-        if not text.startswith(before) or end < 0:
-            raise SystemExit(
-                f"The chat template of {tokenizer.name_or_path} rewrites earlier turns: up to message {i} the "
-                "conversation is not rendered as it is at the end of the whole, so the tokens the assistant wrote "
-                "cannot be told apart. Give one assistant turn per row, or use a template that only appends."
-            )
-        end += len(closing)
-        append(text[done : len(before)], False)
-        append(text[len(before) : end], True)
-        done = end
-    append(text[done:], False)
-    return Rendered(ids, mask)
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
+    """Ids to continue by sampling (see `opening_text`)."""
+    text, _ = opening_text(tokenizer, prompt, tools)
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template).ids
 
 
 def as_messages(value: str | list[dict], role: str) -> list[dict]:
@@ -184,16 +299,8 @@ def as_messages(value: str | list[dict], role: str) -> list[dict]:
     return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids to continue by sampling. Plain text becomes a user's turn where the tokenizer has a chat template."""
-    if isinstance(prompt, str) and not tokenizer.chat_template:
-        return encode_text(tokenizer, prompt)
-    return render_chat(tokenizer, as_messages(prompt, "user"), tools, generation_prompt=True).ids
-
-
 def knows_tools(tokenizer) -> bool:
     """Whether the chat template tells the model which tools there are."""
-    require_chat_template(tokenizer)
     probe = {"name": "probe_of_tools", "description": "", "parameters": {"type": "object", "properties": {}}}
     try:
         text = _render(tokenizer, as_messages("a", "user"), [{"type": "function", "function": probe}], True)
@@ -209,19 +316,16 @@ def encode_between_turns(tokenizer, messages: list[dict]) -> list[int]:
     behind a dummy exchange, and taken from behind the assistant's end-of-turn token up to the header of its next turn.
     """
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "REPLY"}]
-    safe = [
-        {key: value if key == "role" else _neutralise(tokenizer, value, special_only=False) for key, value in m.items()}
-        for m in messages
-    ]
-    text = _render(tokenizer, [*exchange, *safe], None, True)
+    text = _render(tokenizer, [*exchange, *defused(tokenizer, messages)], None, True)
+    between = text.partition("REPLY")[2].partition(end_of_turn(tokenizer))[2]
     # The first of either: what stands before them is the template's own, what comes after may be anything.
-    return _encode(tokenizer, text.partition("REPLY")[2].partition(end_of_turn(tokenizer))[2])
+    return tokenizer.backend_tokenizer.encode(between, add_special_tokens=False).ids
 
 
 def require_kept_history(tokenizer, opening: list[dict], observation: list[dict], tools: list | None = None) -> None:
-    """Exit with a sentence where the template renders what was before otherwise once `observation` has followed it.
+    """Exit with a sentence if the template renders earlier turns differently once `observation` follows them.
 
-    White space is left out of account: templates that set reasoning apart often put it on lines of its own.
+    White space is ignored, because templates that separate reasoning often put it on its own lines.
     """
     reply, history = {"role": "assistant", "content": "<think>one</think>two"}, opening
     for _ in range(2):
@@ -235,6 +339,268 @@ def require_kept_history(tokenizer, opening: list[dict], observation: list[dict]
                 "reasoning of its own). An agent trained on its own tokens would be served another history. Use a "
                 "template that only appends."
             )
+
+
+def encode_answered(tokenizer, prompt: str | list[dict], text: str) -> list[int]:
+    """Ids of a prompt with the assistant's answer to it, as a reward model reads them."""
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return sum(encode_continuation(tokenizer, prompt, text), [])
+    messages = read_messages(prompt)
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # a beginning that `text` has, too
+    chat = defused(tokenizer, [*messages, {"role": "assistant", "content": text}])
+    return tokenizer.backend_tokenizer.encode(_render(tokenizer, chat, None, False), add_special_tokens=False).ids
+
+
+# ---------------------------------------------------------------------------------------------- rows of data sets
+
+
+def load_rows(source: str, limit: int | None = None):
+    """The rows, or the first `limit`, of a file (JSONL, JSON, CSV, Parquet), a folder or a Hub data set
+    `name[:subset[:split]]` (split: train), as a `datasets.Dataset`. JSONL has one column, the unparsed line, since a
+    table would give every row the columns of all; `read_row` parses it. Exits with a sentence if there are no rows.
+    """
+    from datasets import disable_progress_bars, load_dataset
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    kind = {".jsonl": "text", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
+    if kind and not Path(source).is_file():
+        raise SystemExit(f"{source}: no such file (looked in {Path.cwd()}).")
+    if kind and not Path(source).stat().st_size:
+        raise SystemExit(f"{source}: no rows in it.")
+    name, subset, split = (source, "", "") if Path(source).exists() else (source.split(":") + ["", ""])[:3]
+    where = {"path": kind, "data_files": source} if kind else {"path": name, "name": subset or None}
+    options = {"encoding_errors": "replace"} if kind == "text" else {}
+    try:
+        rows = load_dataset(**where, **options, split=split or "train")
+    except Exception as error:  # datasets raises many kinds; all of them are about what the user named
+        why = first_line(error.__cause__ or error)
+        raise SystemExit(f"{source}: not a file, a folder or a Hub data set that can be reached ({why}).") from error
+    if not len(rows):
+        raise SystemExit(f"{source}: no rows in it.")
+    if kind == "text":
+        rows = rows.rename_column("text", JSON_LINE)
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+JSON_LINE = "line of JSON"
+
+
+def read_row(row: dict) -> dict:
+    """A row as a dict without nulls, with its `tools` decoded from JSON. Raises ValueError if the row is not a JSON
+    object or its tools are not a list."""
+    if JSON_LINE in row:
+        row = json.loads(row[JSON_LINE] or "null")
+        if not isinstance(row, dict):
+            raise ValueError("not a JSON object")
+    row = without_nulls(dict(row))  # `datasets` gives another kind of mapping
+    if isinstance(row.get("tools"), str):
+        row["tools"] = json.loads(row["tools"] or "[]")
+    if not isinstance(row.get("tools", []), list):
+        raise ValueError("tools must be a list of JSON schemas")
+    return row
+
+
+def without_nulls(value):
+    """`value` without its null fields, which tables add because every row, message and tool gets the fields of all. The
+    `content` of a message stays even if null, because templates test for that."""
+    if isinstance(value, dict):
+        kept = ["content"] if "role" in value else []
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None or key in kept}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def first_of(row: dict, *names: str):
+    """The first of these columns that the row has. Raises ValueError if it has none."""
+    for name in names:
+        if name in row:
+            return row[name]
+    raise ValueError(f"needs the columns {' or '.join(names)}; found {', '.join(sorted(row)) or 'none'}")
+
+
+def gold_answers(row: dict) -> list[str]:
+    """The right answers of a row as text; any of them counts. Raises ValueError if it has none or all are empty."""
+    if isinstance(row.get("reward_model"), dict):  # as DAPO-Math-17k has it
+        row = {"answer": row["reward_model"].get("ground_truth") or ""} | row
+    answers = first_of(row, "answer", "golden_answers", "answers", "solution")
+    answers = [str(a) for a in (answers if isinstance(answers, list) else [answers]) if a is not None]
+    answers = [answer for answer in answers if answer.rpartition("####")[2].strip()]
+    if not answers:
+        raise ValueError("its answer is empty")
+    return answers
+
+
+def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -> dict:
+    """A row of `encode_questions`, with the `prompt` it is held out by. Raises ValueError if it cannot be asked."""
+    prompt = first_of(row, "prompt", "question", "problem")
+    try:
+        row["answer"] = gold_answers(row)
+    except ValueError:
+        if needs_answer:
+            raise
+        row.pop("answer", None)
+    text, prefill = opening_text(tokenizer, prompt, row.get("tools"))
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template).ids
+    if not 0 < len(ids) <= max_tokens:
+        raise ValueError(f"a prompt of more than {max_tokens} tokens (--max-prompt-tokens)" if ids else "no prompt")
+    return {"ids": ids, "prefill": prefill, "row": json.dumps(row, default=str), "prompt": text}
+
+
+def encode_questions(tokenizer, rows, source: str, max_tokens: int, needs_answer: bool = True, required: bool = True):
+    """Questions as a data set of `ids` (the prompt's), `prefill` (the part of the assistant's turn that the prompt
+    already contains) and `row` (a dict; its `answer`, if any, is a list of texts).
+
+    Rows with no prompt, one of more than `max_tokens`, or no answer where one is needed are dropped and counted. Exits
+    with a sentence if none is left, unless `required` is false: then dropping is silent.
+    """
+    encode = partial(encode_question, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    questions = encode_rows(tokenizer, rows, source, encode, {"prefill": "string", "row": "string"}, required)
+    return questions.with_transform(lambda some: {**some, "row": [json.loads(row) for row in some["row"]]})
+
+
+def load_questions(
+    tokenizer,
+    dataset: str,
+    eval_dataset: str | None,
+    eval_rows: int,
+    max_tokens: int,
+    seed: int,
+    needs_answer: bool = True,
+):
+    """Two sets from `encode_questions`: to train on, and to evaluate on. The second comes from the first `eval_rows`
+    rows of `eval_dataset`, or, if that is None, is held out of the first (see `hold_out`)."""
+    assert max_tokens > 0, "--max-completion-tokens fills the model's whole context"
+    encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    questions = encode(load_rows(dataset), dataset)
+    if eval_dataset:
+        return questions, encode(load_rows(eval_dataset, eval_rows), eval_dataset)
+    (questions,), held_out = hold_out([questions], eval_rows, seed)
+    return questions, held_out
+
+
+def read_conversation(row: dict) -> list[dict] | str:
+    """What a row demonstrates: messages, or plain text. Raises ValueError if it has neither, or an empty completion."""
+    if "text" in row and not {"messages", "conversations", "conversation", "prompt", "question", "problem"} & set(row):
+        return row["text"]
+    if {"messages", "conversations", "conversation"} & set(row):
+        return read_messages(first_of(row, "messages", "conversations", "conversation"))
+    prompt = read_messages(first_of(row, "prompt", "question", "problem"))
+    reply = first_of(row, "completion", "solution", "answer")
+    if isinstance(reply, list) and reply and not isinstance(reply[0], dict):
+        reply = reply[0]  # the first of several answers
+    reply = read_messages(str(reply) if isinstance(reply, (int, float)) else reply, "assistant")
+    if prompt[-1]["role"] == reply[0]["role"] == "assistant":  # a prefilled answer
+        reply[0] = {**reply[0], "content": prompt.pop()["content"] + reply[0]["content"]}
+    return prompt + reply
+
+
+def encode_conversation(tokenizer, row: dict, max_length: int, loss_on: str) -> dict:
+    """A row for `encode_conversations`. Rows of one `prompt`, all up to the first question, are held out together.
+    Raises ValueError if nothing can be learned from it."""
+    said = read_conversation(row)
+    if isinstance(said, str):
+        prompt, ids = said, encode_text(tokenizer, said) + [tokenizer.eos_token_id]
+        mask = [True] * len(ids)
+    else:
+        ids, mask = render_chat(tokenizer, said, row.get("tools"))
+        asked = next((i for i, message in enumerate(said) if message["role"] == "user"), 0)
+        prompt = repr([(message["role"], message.get("content")) for message in said[: asked + 1]])
+    trained = ([True] * len(ids) if loss_on == "all" else mask)[:max_length]
+    if not any(trained[1:]):
+        raise ValueError("no token of the assistant within --max-length" if any(mask) else "nothing to train on")
+    return {"ids": ids[:max_length], "mask": trained, "cut": len(ids) > max_length, "prompt": prompt}
+
+
+def encode_conversations(tokenizer, rows, source: str, max_length: int, loss_on: str = "assistant"):
+    """Conversations as a data set of `ids`, `mask` (which of them are trained) and `index` (of the row in `rows`).
+    Longer ones are cut to `max_length` tokens and counted; rows from which nothing could be learned are dropped and
+    counted. Exits with a sentence if none is left."""
+    encode = partial(encode_conversation, tokenizer, max_length=max_length, loss_on=loss_on)
+    conversations = encode_rows(tokenizer, rows, source, encode, {"mask": "bools", "cut": "bool"})
+    if cut := sum(conversations["cut"][:]):
+        tell(f"{source}: {cut} of {len(rows)} rows cut after {max_length} tokens (--max-length).")
+    return conversations
+
+
+def encode_rows(
+    tokenizer, rows, source: str, encode: Callable[[dict], dict], columns: dict[str, str], required: bool = True
+):
+    """A data set of what `encode` (a `partial` of a named function) returns for every row: `ids`, the named `columns`,
+    the row's `index`, and a `key` that rows with the same prompt share. Encoding runs once per machine, in parallel if
+    there are many rows, and is cached by `datasets`.
+
+    Rows for which `encode` raises are dropped and counted by reason. Exits with a sentence if all are; with `required`
+    false, neither counts nor exits.
+    """
+    from datasets import Features, List, Value
+
+    if tokenizer.chat_template:
+        end_of_turn(tokenizer)  # which may exit, and should not do so in a worker
+    types = {"ids": "ints", **columns, "key": "int64", "index": "int64", "dropped": "string"}
+    lists = {"ints": List(Value("int32")), "bools": List(Value("bool"))}
+    features = Features({name: lists.get(kind) or Value(kind) for name, kind in types.items()})
+
+    def encode_one(row: dict, index: int) -> dict:
+        try:
+            made = encode(read_row(row))
+        except Exception as error:  # templates raise what they like; it is counted and told
+            return dict.fromkeys(types) | {"index": index, "dropped": first_line(error)[:100]}
+        key = blake2b(made.pop("prompt").encode("utf-8", "replace"), digest_size=8).digest()
+        return {**made, "key": int.from_bytes(key, "big", signed=True), "index": index, "dropped": None}
+
+    dated = "strftime_now" in str(tokenizer.chat_template) and str(getattr(tokenizer, "today", ""))
+    settings = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+    settings += (tokenizer.chat_template, dated, encode.func.__name__, encode.keywords, Path(__file__).read_text())
+    with first_on_this_machine():
+        encoded = rows.map(
+            encode_one, with_indices=True, remove_columns=rows.column_names, features=features,
+            num_proc=min(os.cpu_count(), 16) if len(rows) > 20_000 else None, desc=f"tokenising {Path(source).name}",
+            new_fingerprint=blake2b(repr(settings).encode(), digest_size=16).hexdigest(),
+        )  # fmt: skip
+    reasons = encoded["dropped"][:]
+    counts = Counter(reason for reason in reasons if reason is not None)
+    told = [f"{count} of {len(rows)} rows dropped: {reason}." for reason, count in counts.most_common(5)]
+    if required and sum(counts.values()) == len(rows):
+        raise SystemExit(f"{source}: no row can be used: " + " ".join(told))
+    for sentence in told if required else []:
+        tell(f"{source}: {sentence}")
+    return encoded.select([i for i, reason in enumerate(reasons) if reason is None]) if told else encoded
+
+
+@contextmanager
+def first_on_this_machine():
+    """The first process of a machine goes ahead; the others then find in the cache what it has made."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first:
+        dist.barrier()
+
+
+def joined(encoded: list):
+    """Encoded data sets as one, in this order."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(encoded)
+
+
+def hold_out(sets: list, count: int, seed: int) -> tuple[list, object]:
+    """Hold out `count` prompts of the first set, at least one and at most a tenth, and drop their rows from all sets.
+
+    Returns: the sets, and a data set with one row of each held-out prompt. Exits with a sentence if the first set has
+    only one prompt.
+    """
+    keys, first = numpy.unique(sets[0].with_format("numpy")["key"][:], return_index=True)
+    if len(keys) < 2:
+        raise SystemExit("One prompt is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
+    held = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).numpy()
+    held = held[: max(1, min(count, len(keys) // 10))]
+    is_held = [numpy.isin(rows.with_format("numpy")["key"][:], keys[held]) for rows in sets]
+    kept = [rows.select(numpy.flatnonzero(~out)) for rows, out in zip(sets, is_held)]
+    if not all(map(len, kept)):
+        raise SystemExit("Holding prompts out leaves a data set without rows: give --eval-dataset.")
+    return kept, sets[0].select(first[held])
 
 
 # ---------------------------------------------------------------------------------------------- padding
@@ -400,3 +766,21 @@ def split_by_tokens(sequences: list[list[int]], max_tokens: int, prompts: list[l
         groups[-1].append(i)
         filled += cost
     return groups
+
+
+def microbatches(
+    sequences: list[list[int]], prompts: list[list[int]] | None, max_tokens: int, rows: Sequence[int] | None = None
+) -> list[tuple[list[int], float]]:
+    """Split the indices `rows`, by default all of `sequences`, into microbatches (see `split_by_tokens`).
+
+    Returns: a list of (indices, weight). Weight is 1. All processes call this together and get equally many, because
+    they gather sharded weights together: one with fewer adds its sequence 0 with weight 0, so it must have one.
+    """
+    rows = range(len(sequences)) if rows is None else rows
+    split = split_by_tokens([sequences[i] for i in rows], max_tokens, prompts and [prompts[i] for i in rows])
+    parts = [([rows[j] for j in part], 1.0) for part in split]
+    if dist.is_initialized():
+        most = torch.tensor(len(parts), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        parts += [(parts[0][0] if parts else [0], 0.0)] * (int(most) - len(parts))
+    return parts

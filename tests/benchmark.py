@@ -110,23 +110,30 @@ def report(what: str, medians: dict[str, float], higher: bool) -> None:
 # ---------------------------------------------------------------------------------------------- trainers
 
 
-def run_ours(script: str, flags: list, folder: str, processes: int = 1, threads: int | None = None) -> dict:
-    """Medians over the steps of one run but its first, in as many processes."""
+def run_ours(
+    script: str, flags: list, folder: str, processes: int = 1, threads: int | None = None, root: Path = ROOT
+) -> dict:
+    """Medians over the steps of one run but its first, in as many processes, and the most memory of the first."""
     flags = [*map(str, flags), "--output-dir", folder, "--eval-every", "0", "--eval-rows", "1"]
     flags += [] if script == "reward_model" else ["--eval-samples", "1"]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    command = [sys.executable, *launcher, str(root / f"{script}.py"), *flags]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, cwd=root)
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        if status:
+            sys.exit(f"{' '.join(command)} ended with status {status}:\n{output.read()[-2000:]}")
     everything = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    for row in everything:
+        row["seconds"] = row.get("time/step", row.get("time/sample", 0) + row.get("time/train", 0))
     rows = everything[2:]
     return {
-        "step": statistics.median(r["time/step"] for r in rows),
-        "memory": max(r["memory/peak_gb"] for r in rows),
+        "step": statistics.median(r["seconds"] for r in rows),
+        "memory": usage.ru_maxrss * 1024 / 1e9,
         "tokens": statistics.median(r["throughput/tokens_per_second"] for r in rows),
-        "pass": sum(r.get("time/step", 0) + r.get("time/reference", 0) for r in everything),
+        "pass": sum(r["seconds"] + r.get("time/reference", 0) for r in everything),
     }
 
 
@@ -248,11 +255,11 @@ def benchmark_trainers(args) -> None:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.data, 8 * args.steps)))
         shared = shared_flags(args, data)
-        flags = [*shared, "--batch-size", 8, "--max-prompt-tokens", 256, "--max-completion-tokens", 256]
+        flags = [*shared, "--batch-size", 8, "--max-length", 512, "--warmup-steps", 1]
         compare("sft", [*flags, "--microbatch-tokens", 512], "sft", "SFTTrainer", args, data, "tokens/s")
         shared += ["--batch-size", 4, "--num-samples", 8, "--max-completion-tokens", args.tokens]
         shared += ["--microbatch-tokens", 1024]
-        compare("grpo", [*shared, "--beta", 0, "--length-weight", 1], "grpo", "GRPOTrainer", args, data)
+        compare("grpo", [*shared, "--beta", 0], "grpo", "GRPOTrainer", args, data)
         # One update a rollout and no dynamic sampling, which TRL lacks; the punishment makes rewards differ.
         dapo = ["--no-dynamic-sampling", "--minibatches", 1, "--overlong-cache", args.tokens - 1]
         compare("dapo", [*shared, *dapo], "dapo", "GRPOTrainer", args, data)
@@ -333,12 +340,12 @@ def benchmark_growth(args) -> None:
             common += ["--steps", args.steps, "--learning-rate", "1e-5"]
             return run_ours(script, [*common, *flags], folder + "/run", **kwargs)
 
-    budget = ["--max-prompt-tokens", 1024, "--max-completion-tokens", 1024, "--microbatch-tokens", 1024]
+    budget = ["--max-length", 2048, "--microbatch-tokens", 1024]
     for batch in (4, 8, 16):
         tell("`sft.py`: rows per step", batch, measure("sft", [*budget, "--batch-size", batch]))
     for words in (24, 48, 96):
         tell("`sft.py`: words per completion", words, measure("sft", [*budget, "--batch-size", 4], words))
-    grpo = ["--beta", 0, "--length-weight", 1, "--microbatch-tokens", 1024, "--batch-size", 2]
+    grpo = ["--beta", 0, "--microbatch-tokens", 1024, "--batch-size", 2]
     for samples in (4, 8, 16):
         flags = [*grpo, "--num-samples", samples, "--max-completion-tokens", 64]
         tell("`grpo.py`: samples per prompt", samples, measure("grpo", flags))
@@ -349,7 +356,7 @@ def benchmark_growth(args) -> None:
         for microbatch in (512, 2048):
             with tempfile.TemporaryDirectory() as folder:
                 model = resized(str(ROOT / "common" / "tiny"), vocabulary, folder)
-                flags = ["--batch-size", 16, "--max-completion-tokens", 256, "--microbatch-tokens", microbatch]
+                flags = ["--batch-size", 16, "--max-length", 512, "--microbatch-tokens", microbatch]
                 found = measure("sft", flags, 30, model, threads=None)
             tell(f"tiny model in microbatches of {microbatch}: vocabulary", vocabulary, found)
     for processes in (1, 2):

@@ -6,10 +6,12 @@ evaluations of a run from its start to its end.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +35,22 @@ def one_more_each(first: str, common: list[str], changes: dict[str, tuple[list[s
     }
 
 
+SEVERAL = ["--minibatches", "4"]  # updates a rollout: with one, all surrogates have the same gradient
 COMPARISONS = {
     "dpo": Comparison(
         {f"`{loss}`": ["--loss", loss, "--eval-every", "0"]
          for loss in ("dpo", "cdpo", "rdpo", "ipo", "dpo_norm", "rpo", "simpo", "orpo", "kto")},
         {**EVALUATED, "eval/style": "polite", "eval/preference_accuracy": "held-out pairs", "eval/kl": "KL",
          "eval/completion_length": "length"},
+    ),
+    "grpo": Comparison(
+        {
+            "PPO's, per token": SEVERAL,
+            "GSPO's, per completion": [*SEVERAL, "--surrogate", "gspo", "--clip-low", "3e-4", "--clip-high", "4e-4"],
+            "CISPO's, detached": [*SEVERAL, "--surrogate", "cispo", "--aggregation", "token"],
+            "distillation": ["--reference", "{teacher}", "--beta", "1", "--kl-estimator", "k2", "--reward-scale", "0"],
+        },
+        {**EVALUATED, "policy/kl": "KL", "policy/clip_fraction": "clipped", "completions/length_mean": "length"},
     ),
     "rlvr_math": Comparison(
         {f"`{name}`": ["--algorithm", name] for name in ("reinforce", "rloo", "grpo", "dr_grpo", "expert_iteration")},
@@ -50,23 +62,27 @@ COMPARISONS = {
             "overlong filtering": (["--no-overlong-filtering"], ["--overlong-filtering"]),
             "clip-higher": (["--clip-high", "0.2"], ["--clip-high", "0.28"]),
             "soft overlong punishment": (["--overlong-cache", "0"], ["--overlong-cache", "8"]),
-            "token-level loss": (["--no-token-level-loss"], ["--token-level-loss"]),
+            "token-level loss": (["--aggregation", "sequence"], ["--aggregation", "token"]),
             "dynamic sampling": (["--no-dynamic-sampling"], ["--dynamic-sampling"]),
         }),
-        {**EVALUATED, "policy/entropy_generated": "entropy", "completions/truncated_fraction": "cut",
+        {**EVALUATED, "policy/entropy": "entropy", "completions/truncated_fraction": "cut",
          "prompts/generated": "prompts generated", "prompts/trained": "prompts trained"},
     ),
 }  # fmt: skip
 
 
 def run(script: str, flags: list[str], seed: int) -> list[dict]:
-    """The metrics of one run."""
+    """The metrics of one run; `{teacher}` in the flags is the model that `python grpo.py` makes with the same seed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--seed", str(seed), "--output-dir", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}")
-        return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        runs = [[]] * ("{teacher}" in flags) + [[flag.format(teacher=f"{folder}/0/model") for flag in flags]]
+        for number, given in enumerate(runs):
+            command = [sys.executable, str(ROOT / f"{script}.py"), *given, "--seed", str(seed)]
+            command += ["--output-dir", f"{folder}/{number}"]
+            alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # seeds side by side keep to a core each
+            done = subprocess.run(command, capture_output=True, text=True, env=alone)
+            if done.returncode:
+                sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}")
+        return [json.loads(line) for line in (Path(folder) / str(number) / "metrics.jsonl").read_text().splitlines()]
 
 
 def cell(runs: list[list[dict]], name: str) -> str:
@@ -92,7 +108,8 @@ def main() -> None:
     rows, columns = COMPARISONS[args.script]
     print("| | " + " | ".join(columns.values()) + " |\n|" + "---|" * (len(columns) + 1))
     for title, flags in rows.items():
-        runs = [run(args.script, flags, seed) for seed in args.seeds]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            runs = list(pool.map(lambda seed, flags=flags: run(args.script, flags, seed), args.seeds))
         print(f"| {title} | " + " | ".join(cell(runs, name) for name in columns) + " |", flush=True)
 
 

@@ -90,6 +90,7 @@ class Moments:
     """
 
     PARTS = {"save_checkpoint": "checkpoint", "save_model": "model", "save_reward_models": "model", "log": "log"}
+    PARTS |= {"save": "checkpoint", "finish": "model"}
 
     def __init__(self, environment: dict):
         from common import generation, kl

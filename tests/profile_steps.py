@@ -26,11 +26,11 @@ KINDS = {  # parts of the names that PyTorch gives its operations on a CPU
 SAMPLED = ["--batch-size", 4, "--num-samples", 8]
 LONG = ["--max-prompt-tokens", 1024, "--max-completion-tokens", 1024]
 FLAGS = {
-    "sft": ["--batch-size", 8, "--max-completion-tokens", 256],
+    "sft": ["--batch-size", 8, "--max-length", 512],
     "reward_model": ["--batch-size", 8, *LONG],
     "dpo": ["--batch-size", 8, *LONG],
     "ppo": [*SAMPLED, "--reward-model", "none", "--answer-weight", 1, "--length-weight", 1, "--critic", "policy"],
-    "grpo": [*SAMPLED, "--length-weight", 1],
+    "grpo": SAMPLED,
     "dapo": [*SAMPLED, "--minibatches", 2, "--no-dynamic-sampling", "--overlong-cache", 60],
     "rlvr_math": [*SAMPLED, "--beta", 0.05],
     "agentic": [*SAMPLED, "--tools", "calculator", "--max-trajectory-tokens", 384],
@@ -99,7 +99,8 @@ def main() -> None:
             flags += ["--steps", 4, "--eval-every", 0, "--eval-rows", 1, "--learning-rate", "1e-5"]
             flags += ["--output-dir", folder + "/run", "--microbatch-tokens", 2048, *FLAGS[script]]
             flags += [] if script == "reward_model" else ["--eval-samples", 1]
-            flags += [] if "--max-completion-tokens" in flags else ["--max-completion-tokens", args.tokens]
+            has_budget = "--max-completion-tokens" in flags or script == "sft"
+            flags += [] if has_budget else ["--max-completion-tokens", args.tokens]
             command = [sys.executable, __file__, "--child", script, *map(str, flags)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

@@ -13,12 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import dapo  # noqa: E402
+import grpo  # noqa: E402
+import sft  # noqa: E402
 
 
 class Stage(NamedTuple):
@@ -29,14 +34,24 @@ class Stage(NamedTuple):
     flags: str = ""
 
 
+# What the embedded model needs where a model is named, for the scripts whose defaults are then a real model's.
+SMALL = {
+    script: " ".join(
+        f"--{field.name.replace('_', '-')} {value[0] if isinstance(value, tuple) else value}"
+        for field in fields(module.Args)
+        if (value := getattr(module.EMBEDDED, field.name)) != getattr(module.Args(), field.name)
+        and field.name not in ("model", "steps", "eval_every")
+    )
+    for script, module in (("sft", sft), ("grpo", grpo), ("dapo", dapo))
+}
 # Stages are short, so that each leaves the next one something to show.
 ROAD = {
-    "sft": Stage("sft", "base", "--steps 8"),
+    "sft": Stage("sft", "base", f"--steps 8 {SMALL['sft']}"),
     "reward_model": Stage("reward_model", "sft", "--epochs 0.6"),
     "ppo": Stage("ppo", "sft", "--reward-model {reward_model} --steps 15"),
     "dpo": Stage("dpo", "sft"),
-    "grpo": Stage("grpo", "sft", "--steps 15"),
-    "dapo": Stage("dapo", "grpo", "--steps 8"),
+    "grpo": Stage("grpo", "sft", f"--steps 15 {SMALL['grpo']}"),
+    "dapo": Stage("dapo", "grpo", f"--steps 8 {SMALL['dapo']}"),
     "rlvr_math": Stage("rlvr_math", "dapo", "--steps 20"),
     "agentic": Stage("agentic", "rlvr_math", "--steps 20 --learning-rate 3e-4"),  # a higher one breaks it
 }
@@ -47,8 +62,7 @@ def measure(folder: str, seed: int) -> dict[str, float]:
     import torch
 
     import agentic
-    import grpo
-    from common.generation import Sampler
+    from common.generation import Sampler, is_correct
     from common.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
 
     args = agentic.Args(model=folder, seed=seed, eval_samples=4)
@@ -68,8 +82,8 @@ def measure(folder: str, seed: int) -> dict[str, float]:
     tasks = agentic.encode_tasks(dialogue, tasks, str(source), agentic.ToolQuestions, tools, args, longest=256)
     player = agentic.Player(sampler, dialogue, agentic.ToolQuestions, tools, args)
     return {
-        "sampled accuracy": sum(grpo.is_correct(text, row["answer"]) for row, text, _ in sampled) / len(sampled),
-        "greedy accuracy": sum(grpo.is_correct(text, row["answer"]) for row, text, _ in greedy) / len(greedy),
+        "sampled accuracy": sum(is_correct(text, row["answer"]) for row, text, _ in sampled) / len(sampled),
+        "greedy accuracy": sum(is_correct(text, row["answer"]) for row, text, _ in greedy) / len(greedy),
         "thinks": sum("</think>" in text for _, text, _ in sampled) / len(sampled),
         "polite": sum("Gladly!" in text.rpartition("</think>")[2] for _, text, _ in sampled) / len(sampled),
         "length": sum(length for *_, length in sampled) / len(sampled),
@@ -92,7 +106,7 @@ def main() -> None:
                 stage = ROAD[name]
                 command = [sys.executable, f"{stage.script}.py", "--model", models[stage.start]]
                 command += [*stage.flags.format(**models).split(), "--seed", str(args.seed)]
-                command += ["--eval-every", "0", "--output-dir", str(folder / name), "--overwrite"]
+                command += ["--eval-every", "0", "--output-dir", str(folder / name)]
                 done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")

@@ -310,8 +310,8 @@ def test_dpo_learns_style_and_truth(seed, tmp_path):
     for name in ("eval/accuracy", "eval/style", "eval/accuracy_greedy"):
         assert after[name] >= before[name] + 0.12, name
     assert after["eval/preference_accuracy"] >= 0.75 and 0.1 < after["eval/kl"] < 5
-    command = output.strip().splitlines()[-1].split("python grpo.py ")[1].split()
-    run("grpo", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "grpo")
+    command = output.strip().splitlines()[-1].split("python rlvr_math.py ")[1].split()
+    run("rlvr_math", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "next")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

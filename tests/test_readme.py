@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import reproduce
-from conftest import ROOT, fails, first_rows, metrics, run
+from conftest import ROOT, TINY, fails, first_rows, metrics, run
 
 README = (ROOT / "README.md").read_text()
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
@@ -29,10 +29,12 @@ SMALL = ["--batch-size", 8, "--num-samples", 8, "--eval-every", 0, "--eval-rows"
 def test_another_reward_applies_and_runs(tmp_path):
     changed_copy(0, tmp_path)
     flags = [*SMALL, "--steps", 12, "--warmup-steps", 1, "--learning-rate", "6e-4", "--lr-schedule", "constant"]
-    flags += ["--dataset", first_rows("maths_train.jsonl", 240)]
-    run("grpo", *flags, "--polite-weight", 1, "--answer-weight", 0, "--output-dir", tmp_path / "run", cwd=tmp_path)
-    polite = [row["reward/polite"] for row in metrics(tmp_path / "run")[1:]]
-    assert sum(polite[-3:]) / 3 > sum(polite[:3]) / 3 + 0.2
+    flags += ["--dataset", first_rows("maths_train.jsonl", 240), "--eval-dataset", TINY / "maths_test.jsonl"]
+    run("grpo", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    polite = [[s["completion"].rpartition("</think>")[2].startswith("Gladly!") for s in samples if s["step"] == step]
+              for step in (0, 12)]  # fmt: skip
+    assert sum(polite[1]) > sum(polite[0]) + 3 and len(polite[0]) == 16
 
 
 def test_another_advantage_applies_and_runs(tmp_path):

@@ -34,9 +34,8 @@ def word_problems(path, count: int):
 def test_sft_lowers_the_loss_on_word_problems(tmp_path):
     data = word_problems(tmp_path / "data.jsonl", 8)
     run("sft", "--model", MODEL, "--dataset", data, "--eval-dataset", data, "--steps", 3, "--batch-size", 8,
-        "--eval-rows", 8, "--eval-samples", 1, "--max-prompt-tokens", 256, "--max-completion-tokens", 256,
-        "--learning-rate", "5e-5", "--warmup-steps", 1, "--eval-every", 0, "--dtype", "bfloat16",
-        "--output-dir", tmp_path / "run")  # fmt: skip
+        "--eval-rows", 8, "--eval-samples", 1, "--max-length", 512, "--learning-rate", "5e-5", "--warmup-steps", 1,
+        "--eval-every", 0, "--dtype", "bfloat16", "--output-dir", tmp_path / "run")  # fmt: skip
     rows = metrics(tmp_path / "run")
     assert rows[-1]["eval/loss"] < 0.9 * rows[0]["eval/loss"]
 
@@ -49,7 +48,7 @@ def test_grpo_raises_the_reward_on_sums_and_the_model_answers_in_a_fresh_process
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("grpo", "--model", MODEL, "--dataset", data, "--steps", 18, "--batch-size", 8, "--num-samples", 8,
         "--max-completion-tokens", 16, "--learning-rate", "3e-5", "--eval-every", 0, "--eval-rows", 16,
-        "--dtype", "bfloat16", "--beta", "0", "--output-dir", tmp_path / "run")  # fmt: skip
+        "--dtype", "bfloat16", "--beta", "0", "--warmup-steps", 5, "--output-dir", tmp_path / "run")  # fmt: skip
     rewards = [r["reward/mean"] for r in metrics(tmp_path / "run")[1:]]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
     program = (

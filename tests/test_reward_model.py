@@ -12,9 +12,9 @@ from conftest import ROOT, TINY, first_rows, metrics, refuses, run, weights
 from transformers import AutoModelForSequenceClassification
 
 import dpo
-import grpo
 import ppo
 import reward_model as rm
+from common.kl import RewardModel
 from common.tokenizer import load_tokenizer, pad
 
 CPU = torch.device("cpu")
@@ -230,10 +230,12 @@ def test_reward_model_detail_8_members_differ_and_other_scripts_load_them(tmp_pa
     members = torch.stack([normalised(tmp_path / "model" / name, ids) for name in ("", "member_1")])  # [N, B]
     for how, expected in (("mean", members.mean(0)), ("min", members.amin(0)),
                           ("uwo", members.mean(0) - 0.5 * members.var(0, correction=0))):  # fmt: skip
-        for module in (grpo, dpo):
-            args = module.Args(reward_model=str(tmp_path / "model"), ensemble_score=how, microbatch_tokens=50)
-            found = module.load_reward_model(args, CPU, False)(list(zip(prompts, texts)))
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        args = dpo.Args(reward_model=str(tmp_path / "model"), ensemble_score=how, microbatch_tokens=50)
+        found = dpo.load_reward_model(args, CPU, False)(list(zip(prompts, texts)))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        score = RewardModel(str(tmp_path / "model"), CPU, False, 50, how)
+        found = torch.cat([score({"prompt": p}, [text]) for p, text in zip(prompts, texts)])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_reward_model_detail_8_members_begin_apart_and_see_the_data_in_another_order(tmp_path, monkeypatch):
@@ -311,8 +313,9 @@ def test_output_folder_is_complete(kind, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["reward_kind"] == ("process" if kind == "process" else "outcome") and config["pad_token_id"] == 1
     assert config["reward_members"] == 1 + (kind == "ensemble")
-    refused = refuses("grpo", "--reward-model", tmp_path / "model") if kind == "process" else "scores single steps"
-    assert "scores single steps" in refused
+    if kind == "process":
+        with pytest.raises(SystemExit, match="one label that scores whole answers"):
+            RewardModel(str(tmp_path / "model"), CPU, False, 64)
     names = {"eval/loss", "eval/accuracy", "loss/train", "optim/grad_norm"}
     if kind != "process":
         names |= {"preference/accuracy", "preference/margin", "eval/margin", "eval/calibration_error",
@@ -346,7 +349,8 @@ def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, tok
     path.write_text(json.dumps(content))
     assert load_tokenizer(str(tmp_path / "b")).convert_tokens_to_ids(["1", "2"]) == swap[::-1]
     texts = [([{"role": "user", "content": f"{i}+11=?"}], f"<answer>{i + 11}</answer>") for i in range(8)]
-    scores = [grpo.load_reward_model(grpo.Args(reward_model=str(tmp_path / x)), CPU, False)(texts) for x in "ab"]
+    models = [RewardModel(str(tmp_path / x), CPU, False, 64) for x in "ab"]
+    scores = [torch.cat([score({"prompt": prompt}, [text]) for prompt, text in texts]) for score in models]
     torch.testing.assert_close(*scores)
     assert scores[0].std() > 0.01
 
@@ -445,7 +449,7 @@ def test_solutions_whose_prompt_the_template_refuses_are_dropped(capsys):
     assert "1 because the chat template refuses them" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [dpo, grpo, ppo])
+@pytest.mark.parametrize("module", [dpo, ppo])
 def test_scores_of_other_heads_are_not_rounded_in_bfloat16(module, tokenizer, monkeypatch):
     class Other(torch.nn.Module):
         def __init__(self):

@@ -422,7 +422,7 @@ def test_parity_with_trl_grpo_losses(name):
     from test_mathematics import random_rollout, trl_grpo_loss
 
     new, old, ref, advantages, mask = random_rollout()
-    expected = trl_grpo_loss(new, old, ref, advantages, mask, 0.0, "token", name)
+    expected = trl_grpo_loss(new, old, ref, advantages, mask, 0.0, "ppo", name)
     algorithm = rlvr_math.ALGORITHMS[name]
     losses, _ = rlvr_math.token_losses(new, old, advantages[:, None], mask, algorithm.ratio, 0.2, 0.28)
     loss = rlvr_math.mean_loss(losses, mask, algorithm.mean_over, 6, float(mask.sum()), 12)
@@ -542,6 +542,14 @@ def test_rlvr_math_detail_3_temperature_divides_logits_in_every_forward(tmp_path
     assert abs(row["policy/ratio_max"] - 1) < 1e-5
 
 
+def test_rlvr_math_detail_2_ids_and_log_probabilities_are_the_samplers_own(tokenizer):
+    """Ids that no tokenizer would produce from their text, an id that is the pad token, and a cut completion."""
+    groups = [[Completion([9, 8, 7, 1, 0], [-0.5] * 5, True), Completion([1, 1], [-0.25, -2.0], False)]]
+    rollout = rlvr_math.Rollout([[5, 6]], groups, torch.device("cpu"))
+    assert rollout.ids == [[9, 8, 7, 1, 0], [1, 1]] and rollout.prompts == [[5, 6]] * 2
+    assert rollout.mask.sum(1).tolist() == [5, 2] and rollout.old_logprobs[1, :2].tolist() == [-0.25, -2.0]
+
+
 def test_verified_samples_are_data_for_sft(tmp_path):
     flags = ["--algorithm", "expert_iteration", "--save-verified", "--keep-per-question", 2, "--steps", 3]
     output = run(
@@ -553,7 +561,8 @@ def test_verified_samples_are_data_for_sft(tmp_path):
     assert max(prompts.count(p) for p in prompts) <= 2
     assert all(grade(row["completion"], row["answer"]).correct for row in rows)
     command = output.strip().splitlines()[-1].split("python sft.py ")[1].split()
-    run("sft", *command, "--steps", 1, "--eval-rows", 4, "--eval-every", 0, "--output-dir", tmp_path / "sft")
+    brief = ["--steps", 1, "--batch-size", 2, "--eval-rows", 2, "--max-length", 128]
+    run("sft", *command, *brief, "--output-dir", tmp_path / "sft")
 
 
 def test_evaluate_only(tmp_path):

@@ -1,4 +1,4 @@
-"""The contract that the scripts share: they learn, resume exactly, agree over processes, and speak in sentences."""
+"""The contract of the five scripts with the older plumbing: they learn, resume exactly, agree over processes."""
 
 import ast
 import json
@@ -10,32 +10,27 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, first_rows, metrics, refuses, run, start, weights
+from conftest import ROOT, TINY, first_rows, metrics, refuses, run, start, weights
 
 import agentic
-import dapo
 import dpo
-import grpo
 import ppo
 import reward_model
 import rlvr_math
-import sft
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
+REWRITTEN = {"sft", "grpo", "dapo"}  # their contract stands in test_core.py
 # Short runs of each script, deterministic on a CPU.
 PAIRS = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-dataset", TINY / "preferences_test.jsonl"]
 STEPS = ["--dataset", first_rows("steps_train.jsonl", 240), "--eval-dataset", TINY / "steps_test.jsonl"]
 BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8]
 FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
-       for name in ("demonstrations", "maths", "tools")}  # fmt: skip
+       for name in ("maths", "tools")}  # fmt: skip
 SAMPLED = [*BRIEF, *FEW["maths"], "--batch-size", 4, "--max-completion-tokens", 24]  # room for a guess at once
 NEEDED = {"ppo": ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy"]}  # no default can be met here
 # For data whose groups do not differ, so that no batch could be filled, and no advantage would need a forward.
-EASY = {"dapo": ["--no-dynamic-sampling"], "rlvr_math": ["--beta", 0.1]}
+EASY = {"rlvr_math": ["--beta", 0.1]}
 SHORT = {
-    "sft": [*BRIEF, *FEW["demonstrations"], "--batch-size", 8, "--steps", 8],
-    "grpo": [*SAMPLED, "--num-samples", 4],
-    "dapo": [*SAMPLED, "--num-samples", 4, "--minibatches", 2, "--generation-batch-size", 6],
     "rlvr_math": [*SAMPLED, "--num-samples", 4, "--eval-samples", 2],
     "dpo": [*BRIEF, *PAIRS, "--eval-samples", 1, "--batch-size", 8],
     "reward_model": [*BRIEF, *PAIRS, "--batch-size", 8],
@@ -44,11 +39,6 @@ SHORT = {
 }  # fmt: skip
 # The same, and the settings of a script that take another path through its loop.
 CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
-    "dapo_other": (
-        "dapo",
-        [*SHORT["dapo"], "--surplus", "keep", "--overlong-filtering", "--no-token-level-loss", "--overlong-cache", 8,
-         "--dual-clip", 3],
-    ),
     "rlvr_math_experts": ("rlvr_math", [*SHORT["rlvr_math"], "--algorithm", "expert_iteration", "--save-verified"]),
     "rlvr_math_rloo": (
         "rlvr_math",
@@ -82,9 +72,9 @@ def test_copies_between_scripts_are_identical():
     for script in SCRIPTS:
         source = (ROOT / f"{script}.py").read_text()
         for node in ast.parse(source).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "Args"):
-                text = ast.get_source_segment(source, node)
-                assert seen.setdefault(node.name, text) == text, f"{node.name} of {script}.py differs from its copy"
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "Args", "reward"):
+                text, name = ast.get_source_segment(source, node), (script in REWRITTEN, node.name)
+                assert seen.setdefault(name, text) == text, f"{node.name} of {script}.py differs from its copy"
 
 
 def test_a_script_stands_alone():
@@ -95,7 +85,7 @@ def test_a_script_stands_alone():
             assert not {n.split(".")[0] for n in names} & set(SCRIPTS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SHORT)
 def test_numbered_details_are_marked_in_the_code_and_tested(script):
     source = (ROOT / f"{script}.py").read_text()
     listed = [int(n) for n in re.findall(r"^ ?(\d+)\. ", ast.get_docstring(ast.parse(source)), re.MULTILINE)]
@@ -112,14 +102,13 @@ EVERYWHERE = """model dataset subset split eval_dataset output_dir resume overwr
     max_completion_tokens dtype device gradient_checkpointing eval_every eval_rows save_every log_samples wandb_project
     trust_remote_code""".split()
 WHERE_IT_APPLIES = {
-    "epochs": ["sft", "reward_model", "dpo"], "num_samples": ["ppo", "grpo", "dapo", "rlvr_math", "agentic"],
-    "temperature": ["sft", "dpo", "ppo", "grpo", "dapo", "rlvr_math", "agentic"],
+    "epochs": ["reward_model", "dpo"], "num_samples": ["ppo", "rlvr_math", "agentic"],
+    "temperature": ["dpo", "ppo", "rlvr_math", "agentic"],
 }  # fmt: skip
 
 
 def test_flags_of_the_contract_are_there_and_of_one_kind():
-    modules = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo, "grpo": grpo, "dapo": dapo,
-               "rlvr_math": rlvr_math, "agentic": agentic}  # fmt: skip
+    modules = {"reward_model": reward_model, "dpo": dpo, "ppo": ppo, "rlvr_math": rlvr_math, "agentic": agentic}
     kinds = {name: {field.name: field.type for field in fields(module.Args)} for name, module in modules.items()}
     for flag in [*EVERYWHERE, *WHERE_IT_APPLIES]:
         scripts = WHERE_IT_APPLIES.get(flag, list(modules))
@@ -128,7 +117,7 @@ def test_flags_of_the_contract_are_there_and_of_one_kind():
         assert len(different) == 1 or flag == "dataset", (flag, different)  # sft.py takes several
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SHORT)
 def test_help_names_every_flag_and_is_quick(script):
     began = time.time()
     output = run(script, "--help", interpreter=True)
@@ -137,44 +126,10 @@ def test_help_names_every_flag_and_is_quick(script):
         assert flag in output
 
 
-def test_a_script_copied_with_common_runs_elsewhere(tmp_path):
-    shutil.copy(ROOT / "grpo.py", tmp_path)
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    output = run("grpo", "--steps", 1, "--eval-rows", 8, cwd=tmp_path, interpreter=True)
-    folder = tmp_path / "runs" / "grpo" / "latest"
-    assert (folder / "model" / "model.safetensors").exists() and "→" in output
-
-
 # ---------------------------------------------------------------------------------------------- they learn
 
 # reproduce.py runs the defaults in full; here as much of them as a margin takes that no luck can bring.
 FEWER_ROWS = ["--eval-every", 0, "--eval-rows", 96, "--eval-samples", 2]
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_grpo_learns_to_think(seed, tmp_path):
-    run("grpo", "--seed", seed, "--steps", 22, *FEWER_ROWS, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    before, after = rows[0], rows[-1]
-    assert before["eval/accuracy"] <= 0.5 and before["eval/accuracy_greedy"] <= 0.5
-    assert after["eval/accuracy"] >= 0.75 and after["eval/accuracy_greedy"] >= 0.9
-    assert after["eval/completion_length"] > before["eval/completion_length"] + 6
-    # T32 and details 2, 3: before the first update every ratio is 1. Later the logits have grown, and float32's
-    # resolution of the rarest of a quarter million tokens with them.
-    assert abs(rows[1]["policy/ratio_max"] - 1) < 1e-5
-    assert max(abs(r["policy/ratio_max"] - 1) for r in rows[1:]) < 1e-4
-    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-6
-    assert max(r["policy/clip_fraction"] for r in rows[1:]) == 0
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_sft_learns_and_grpo_takes_its_result(seed, tmp_path):
-    output = run("sft", "--seed", seed, "--steps", 45, *FEWER_ROWS, "--output-dir", tmp_path / "sft")
-    rows = metrics(tmp_path / "sft")
-    assert rows[-1]["eval/accuracy"] >= rows[0]["eval/accuracy"] + 0.3
-    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
-    command = output.strip().splitlines()[-1].split("python grpo.py ")[1].split()
-    run("grpo", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "grpo")
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -204,65 +159,10 @@ def test_base_to_sft_to_reward_model_to_ppo(tmp_path):
     rows = metrics(tmp_path / "ppo")
     assert rows[-1]["eval/reward"] > rows[0]["eval/reward"] + 0.2
     assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.1
-    command = output.strip().splitlines()[-1].split("python grpo.py ")[1].split()
-    run("grpo", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "grpo")
-
-
-@pytest.mark.parametrize("flags", [
-    ["--advantage", "dr_grpo", "--loss-aggregation", "constant", "--beta", "0"],
-    ["--advantage", "rloo", "--loss-aggregation", "token", "--update-epochs", "2", "--minibatches", "2"],
-    ["--ratio", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4", "--kl-estimator", "k2"],
-])  # fmt: skip
-def test_grpo_variants_run(flags, tmp_path):
-    run("grpo", *SHORT["grpo"], *flags, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    assert ("policy/kl" in rows[-1]) == ("0" not in flags)
-    assert rows[-1]["optim/grad_norm"] > 0 or rows[-1]["reward/std"] == 0
-
-
-def test_grpo_detail_3_temperature_divides_logits_in_every_forward(tmp_path):
-    run("grpo", *SHORT["grpo"], "--temperature", 0.6, "--steps", 1, "--output-dir", tmp_path)
-    row = metrics(tmp_path)[-1]
-    assert row["policy/sampler_gap"] < 1e-6  # the sampler's forward and the policy's
-    assert abs(row["policy/kl"]) < 1e-6  # the reference's: at step 1 it is the policy
-
-
-def test_grpo_detail_7_beta_0_loads_no_reference(tmp_path, monkeypatch):
-    loaded, load = [], grpo.load_model
-    monkeypatch.setattr(grpo, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    for beta, models in ((0.0, 1), (0.1, 2)):
-        loaded.clear()
-        small = {"steps": 1, "batch_size": 2, "num_samples": 2, "eval_rows": 2, "eval_samples": 1}
-        row = grpo.main(grpo.Args(beta=beta, **small, output_dir=str(tmp_path / str(beta))))
-        assert len(loaded) == models and ("policy/kl" in row) == (beta > 0)
-
-
-def test_grpo_with_a_reward_model(tmp_path, tokenizer):
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-    config = Qwen3Config.from_pretrained(TINY, num_labels=1)
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    flags = ["--reward-model", tmp_path / "rm", "--answer-weight", 0]
-    run("grpo", *SHORT["grpo"], *flags, "--output-dir", tmp_path / "run")
-    assert metrics(tmp_path / "run")[-1]["reward/std"] > 0
-    prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "1+1=?"}\n' * 20)  # rows need no answer then
-    run("grpo", *SHORT["grpo"], *flags, "--steps", 1, "--dataset", prompts, "--eval-dataset", prompts,
-        "--output-dir", tmp_path / "prompts")  # fmt: skip
-    assert "eval/accuracy" not in metrics(tmp_path / "prompts")[-1]
-    config.num_labels = 3
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
-    tokenizer.save_pretrained(tmp_path / "rm3")
-    assert "one label" in refuses("grpo", "--reward-model", tmp_path / "rm3", "--output-dir", tmp_path / "run3")
-
-
-@pytest.mark.parametrize("flags", [["--loss-on", "all"], ["--loss-on", "completion"], ["--neftune-alpha", "5"],
-                                   ["--dataset", TINY / "demonstrations_train.jsonl", TINY / "corpus.jsonl"],
-                                   ["--from-scratch"]])  # fmt: skip
-def test_sft_variants_run(flags, tmp_path):
-    run("sft", *SHORT["sft"], *flags, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    assert f"python rlvr_math.py --model {tmp_path / 'ppo' / 'model'}" in output
+    data = ["--dataset", TINY / "maths_train.jsonl", "--eval-dataset", TINY / "maths_test.jsonl"]
+    small = ["--batch-size", 2, "--max-completion-tokens", 32, "--steps", 1, "--eval-rows", 8]
+    run("grpo", "--model", tmp_path / "ppo" / "model", *data, *small, "--output-dir", tmp_path / "grpo")
 
 
 # ---------------------------------------------------------------------------------------------- invariants
@@ -297,7 +197,7 @@ def test_dpo_detail_4_dapo_detail_7_ppo_detail_13_agentic_detail_6_any_split_is_
     steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
     run(script, *steps, "--output-dir", tmp_path / "one")
     run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
-    run(script, *steps, "--output-dir", tmp_path / "two", **({"torchrun": 2} if case == "sft" else {"processes": 2}))
+    run(script, *steps, "--output-dir", tmp_path / "two", processes=2)
     for other in ("small", "two"):
         same(weights(tmp_path / "one"), weights(tmp_path / other), 2e-6)
         for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
@@ -328,9 +228,9 @@ def test_resume_after_kill_9_is_exact_with_other_settings(case, tmp_path):
         assert verified and verified == (killed / "verified.jsonl").read_text()
 
 
-@pytest.mark.parametrize("script,number", [("sft", signal.SIGTERM), ("grpo", signal.SIGINT), ("dpo", signal.SIGTERM),
+@pytest.mark.parametrize("script,number", [("dpo", signal.SIGTERM),
                                            ("reward_model", signal.SIGINT), ("ppo", signal.SIGTERM),
-                                           ("dapo", signal.SIGINT), ("rlvr_math", signal.SIGTERM),
+                                           ("rlvr_math", signal.SIGTERM),
                                            ("agentic", signal.SIGINT)])  # fmt: skip
 def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path):
     process = start(script, *SHORT[script], "--steps", 4000, "--output-dir", tmp_path)
@@ -358,18 +258,6 @@ def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
     assert norm["two"] == pytest.approx(norm["bf16"], rel=5e-3)
     assert rows["bf16"].get("policy/sampler_gap", 0) < 2e-3  # logits that are bfloat16 themselves would give twice that
     assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
-
-
-def test_saved_model_answers_through_generate(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run("sft", *SHORT["sft"], "--output-dir", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    chat = [{"role": "user", "content": "12+30=?"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**ids, max_new_tokens=60, do_sample=False)
-    assert "<answer>" in tokenizer.decode(out[0]) and out[0, -1] == 0
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -427,16 +315,6 @@ def test_missing_files_and_wrong_folders(script, tmp_path):
     run(script, *SHORT[script], "--steps", 1, "--output-dir", tmp_path / "run", "--overwrite")
 
 
-def test_settings_of_grpo(tmp_path):
-    assert "siblings" in refuses("grpo", "--num-samples", 1)
-    assert "--minibatches" in refuses("grpo", "--batch-size", 4, "--minibatches", 3)
-    assert "whole context" in refuses("grpo", "--max-completion-tokens", 600)
-    data = write(tmp_path / "d.jsonl", (GOOD + GOOD.replace("1+1=?", "1" * 60)) * 20)
-    output = run("grpo", *SHORT["grpo"], "--steps", 1, "--max-prompt-tokens", 40, "--dataset", data,
-                 "--output-dir", tmp_path / "run")  # fmt: skip
-    assert "prompts dropped: over 40 tokens" in output
-
-
 @pytest.mark.parametrize("script", SHORT)
 def test_rows_that_the_chat_template_refuses_are_dropped(script, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
@@ -453,56 +331,17 @@ def test_rows_that_the_chat_template_refuses_are_dropped(script, tmp_path):
     assert "3 of 8 " in output or "3 rows dropped" in output
 
 
-def test_answers_that_are_numbers(tmp_path):
-    data = write(tmp_path / "d.jsonl", '{"prompt": "1+1=?", "answer": 2}\n' * 20)
-    assert (
-        grpo.answer_reward("It is 2.0.", grpo.load_rows(str(data), None, "train", (("prompt", "answer"),))[0], 0) == 1
-    )
-    run("grpo", *SHORT["grpo"], "--steps", 1, "--dataset", data, "--output-dir", tmp_path / "run")
-
-
-@pytest.mark.parametrize("script", ["sft", "grpo", "dapo", "rlvr_math", "reward_model", "ppo", "agentic"])
+@pytest.mark.parametrize("script", ["rlvr_math", "reward_model", "ppo", "agentic"])
 def test_prompts_that_are_all_too_long(script, tmp_path):
     flags = [*NEEDED.get(script, []), "--dataset", write(tmp_path / "data.jsonl", GOOD * 20), "--max-prompt-tokens", 3]
     assert "--max-prompt-tokens" in refuses(script, *flags, "--output-dir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("module", [agentic, dapo, dpo, grpo, ppo, reward_model, rlvr_math, sft])
+@pytest.mark.parametrize("module", [agentic, dpo, ppo, reward_model, rlvr_math])
 def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
     data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
     rows = module.load_rows(str(data), None, "train", (("question", "answer"),))
     assert [row["question"] for row in rows] == ["a\u2028b\x85c"] * 2
-
-
-def test_columns_that_tables_fill_with_null_are_not_there(tmp_path):
-    """As `datasets` gives every row the columns of all, every message and every tool the fields of all."""
-    call = {"function": {"name": "look", "arguments": {"at": "me", "expression": None}}}
-    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
-    chat = [{"role": "user", "content": "2+2=?", "tool_calls": None}, turn]
-    rows = [
-        {"messages": chat, "text": None, "tools": '[{"type": "function"}]'},
-        {"messages": None, "prompt": "2+2=?", "completion": "4", "text": None, "tools": None},
-    ]
-    data = write(tmp_path / "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    first, second = sft.load_rows(str(data), None, "train", sft.COLUMNS)
-    assert first["tools"] == [{"type": "function"}] and "text" not in first and "tool_calls" not in first["messages"][0]
-    assert first["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"at": "me"}
-    assert first["messages"][1]["content"] is None  # for which templates ask
-    assert second == {"prompt": "2+2=?", "completion": "4"}
-    empty = write(tmp_path / "empty.jsonl", '{"prompt": "a", "completion": "b", "tools": ""}\n')
-    assert sft.load_rows(str(empty), None, "train", sft.COLUMNS)[0]["tools"] == []
-    for tools in ('"look"', "3", '"{}"'):
-        broken = write(tmp_path / "broken.jsonl", f'{{"prompt": "a", "completion": "b", "tools": {tools}}}\n')
-        assert "row 1: tools must be a list" in refuses("sft", "--dataset", broken, "--output-dir", tmp_path / "run")
-
-
-def test_a_row_is_read_as_the_first_of_the_columns_that_it_has(tokenizer):
-    pair, answered = {"prompt": "2+2=?", "completion": "4"}, {"question": "2+2=?", "answer": "4"}
-    expected = sft.render_row(tokenizer, pair, "assistant")
-    assert sum(expected.mask) < len(expected.ids)
-    for row in ({**pair, "text": "2+2=?4"}, answered, {**answered, "completion": "5"}, {**answered, "text": "2+2=?4"}):
-        assert sft.render_row(tokenizer, row, "assistant") == expected
-    assert all(sft.render_row(tokenizer, {"text": "2+2=?4", "answer": "4"}, "assistant").mask)
 
 
 def test_held_out_rows_come_from_another_split_or_another_data_set(tmp_path, monkeypatch):
@@ -510,39 +349,21 @@ def test_held_out_rows_come_from_another_split_or_another_data_set(tmp_path, mon
     folder.mkdir()
     for name, answer in (("train", "1"), ("test", "2")):
         write(folder / f"{name}.jsonl", json.dumps({"prompt": "a", "answer": answer}) + "\n")
-    args = grpo.Args(dataset=str(folder), eval_dataset=str(folder), subset="default")
+    args = rlvr_math.Args(dataset=str(folder), eval_dataset=str(folder), subset="default")
     with pytest.raises(SystemExit, match="--eval-split"):
-        grpo.load_held_out(args, str(folder), columns)
+        rlvr_math.load_held_out(args, str(folder), columns)
     args.eval_split = "test"
-    assert [row["answer"] for row in grpo.load_held_out(args, str(folder), columns)] == ["2"]
+    assert [row["answer"] for row in rlvr_math.load_held_out(args, str(folder), columns)] == ["2"]
     asked = []
-    monkeypatch.setattr(grpo, "load_rows", lambda source, subset, split, columns: asked.append((subset, split)))
-    grpo.load_held_out(args, "another/one", columns)  # files and folders have no subsets: --subset is the other's
+    monkeypatch.setattr(rlvr_math, "load_rows", lambda source, subset, split, columns: asked.append((subset, split)))
+    rlvr_math.load_held_out(args, "another/one", columns)  # files and folders have no subsets: --subset is the other's
     args.dataset = "some/where"
-    grpo.load_held_out(args, "another/one", columns)
+    rlvr_math.load_held_out(args, "another/one", columns)
     args.eval_subset, args.eval_split = "hard", None
-    grpo.load_held_out(args, "another/one", columns)
+    rlvr_math.load_held_out(args, "another/one", columns)
     with pytest.raises(SystemExit, match="speak of --eval-dataset"):
-        grpo.hold_out([], grpo.Args(eval_split="test"))
+        rlvr_math.hold_out([], rlvr_math.Args(eval_split="test"))
     assert asked == [("default", "test"), (None, "test"), ("hard", "train")]
-
-
-def test_several_processes_train_packed_rows_only(tmp_path):
-    """Else each would gather the weights as often as its rows have lengths, and wait for the others for ever."""
-    told = fails("sft", *SHORT["sft"], "--no-packing", "--output-dir", tmp_path / "run", processes=2)
-    assert "leave --packing on" in told
-    assert not (tmp_path / "run").exists()
-
-
-def test_rows_without_anything_to_train_on(tmp_path):
-    data = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hello"}]}\n' * 20)
-    assert "no row is left to train on" in refuses("sft", "--dataset", data, "--output-dir", tmp_path / "run")
-
-
-def test_messages_without_a_chat_template(tmp_path):
-    shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").unlink()
-    assert "no chat template" in refuses("sft", "--model", tmp_path / "model", "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("script", SHORT)

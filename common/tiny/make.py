@@ -292,12 +292,13 @@ def make_base(folder: Path) -> None:
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, initializer_range=0.05,
     )  # fmt: skip
-    config.save_pretrained(start)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(start)
     subprocess.run(
-        [sys.executable, str(ROOT / "sft.py"), "--model", str(start), "--from-scratch", "--dataset", str(text),
+        [sys.executable, str(ROOT / "sft.py"), "--model", str(start), "--dataset", str(text),
          "--eval-dataset", str(FOLDER / "demonstrations_test.jsonl"), "--loss-on", "all", "--steps", "5000",
          "--batch-size", "64", "--learning-rate", "2e-3", "--lr-schedule", "cosine", "--warmup-steps", "100",
-         "--weight-decay", "0.05", "--eval-every", "1000", "--max-completion-tokens", "256",
+         "--weight-decay", "0.05", "--eval-every", "1000", "--save-every", "1000", "--max-length", "512",
          "--output-dir", str(folder / "run")],
         check=True,
     )  # fmt: skip

@@ -1,0 +1,472 @@
+"""The contract of sft.py, grpo.py and dapo.py: small, alike, exact on resume, the same in any split, and they learn."""
+
+import ast
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, fails, first_rows, metrics, run, start, weights
+from test_scripts import same, timeless
+
+import dapo
+import grpo
+import sft
+from common.generation import Completion
+
+# DESIGN: lines in all. The other scripts and common/ join when they are rewritten.
+BUDGETS = {"sft": 440, "grpo": 500, "dapo": 500}
+PLUMBING = 190
+MODULES = {"sft": sft, "grpo": grpo, "dapo": dapo}
+FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
+       for name in ("demonstrations", "maths")}  # fmt: skip
+BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8, "--save-every", 0]
+SAMPLED = [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--max-completion-tokens", 24]
+CASES = {
+    "sft": ("sft", [*BRIEF, *FEW["demonstrations"], "--batch-size", 8]),
+    "grpo": ("grpo", SAMPLED),
+    "dapo": ("dapo", [*SAMPLED, "--minibatches", 2, "--generation-batch-size", 6]),
+    "sft_mixture": ("sft", [*BRIEF, "--dataset", FEW["demonstrations"][1], TINY / "corpus.jsonl", "--batch-size", 8,
+                            "--neftune-alpha", 5]),
+    "grpo_minibatches": ("grpo", [*SAMPLED, "--update-epochs", 2, "--minibatches", 2, "--advantage", "rloo",
+                                  "--aggregation", "token"]),
+    "dapo_other": ("dapo", [*SAMPLED, "--minibatches", 1, "--overlong-filtering", "--no-dynamic-sampling",
+                            "--aggregation", "sequence", "--overlong-cache", 8]),
+}  # fmt: skip
+
+
+def plumbing(script: str) -> str:
+    return (ROOT / f"{script}.py").read_text().partition("# ====")[2]
+
+
+def quick(script: str, folder, **changes) -> dict:
+    """A short run in this process; returns its last metrics."""
+    small = {"steps": 1, "batch_size": 2, "eval_rows": 2, "eval_samples": 1, "output_dir": str(folder), "device": "cpu"}
+    small |= {"num_samples": 2, "minibatches": 1, "max_completion_tokens": 24} if script != "sft" else {}
+    return MODULES[script].main(replace(MODULES[script].EMBEDDED, **{**small, **changes}))
+
+
+# ---------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_a_script_keeps_to_its_budget_and_shares_its_plumbing(script):
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    assert len(lines) <= BUDGETS[script] and max(map(len, lines)) <= 120
+    assert plumbing(script).count("\n") <= PLUMBING and plumbing(script) == plumbing("sft")
+    docstring = ast.get_docstring(ast.parse("\n".join(lines)))
+    assert docstring.count("\n") < 45
+    done = subprocess.run(["ruff", "format", "--check", ROOT / f"{script}.py"], capture_output=True, text=True)
+    assert not done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_details_are_marked_in_the_code_and_tested(script):
+    source = (ROOT / f"{script}.py").read_text()
+    listed = {int(n) for n in re.findall(r"^ ?(\d+)\. ", ast.get_docstring(ast.parse(source)), re.MULTILINE)}
+    marked = {int(n) for mark in re.findall(r"# .*\bdetails? (.*)", source) for n in re.findall(r"\d+", mark)}
+    marked |= {int(n) for n in re.findall(r", detail (\d+)$", source, re.MULTILINE)}
+    names = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    tests = " ".join(re.findall(r"def (test_\w+)", names))
+    tested = {int(n) for n in re.findall(rf"{script}_detail_(\d+)", tests)}
+    assert len(listed) >= 7 and listed <= marked and listed <= tested
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_help_imports_only_what_it_needs(script):
+    """What a run alone needs takes seconds to import."""
+    probe = f"import sys, {script}; print(sorted({{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+    output = run(script, "--help", interpreter=True)
+    assert "--model" in output and "--resume" in output and "a memory knob" in output
+    assert "TINY" not in output and str(TINY) in output  # the defaults are those of the run without a model
+
+
+def test_defaults_are_for_real_models_where_a_model_is_named(monkeypatch):
+    def parsed(*flags):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
+        return grpo.parse_args(grpo.Args, grpo.EMBEDDED)
+
+    assert parsed() == grpo.EMBEDDED and parsed("--model", "a/b") == grpo.Args(model="a/b")
+    assert parsed("--model=a/b").dataset == "openai/gsm8k:main"
+    assert parsed("--dataset", "mine.jsonl").eval_dataset is None
+    assert parsed("--dataset=mine.jsonl", "--eval-dataset", "x").eval_dataset == "x"
+
+
+def test_a_script_copied_with_common_runs_elsewhere(tmp_path):
+    shutil.copy(ROOT / "grpo.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    output = run("grpo", "--steps", 1, "--eval-rows", 8, cwd=tmp_path, interpreter=True)
+    folder = tmp_path / "runs" / "grpo" / "latest"
+    assert (folder / "model" / "model.safetensors").exists() and "→" in output
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    for name in ("grpo.py", "common"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    group = [start("grpo", "--steps", 1, "--eval-rows", 2, cwd=tmp_path) for _ in range(4)]
+    assert [process.finish(120)[0] for process in group] == [0] * 4
+    folders = [path for path in (tmp_path / "runs" / "grpo").iterdir() if not path.is_symlink()]
+    assert len(folders) == 4 and all((folder / "model").exists() for folder in folders)
+
+
+# ---------------------------------------------------------------------------------------------- they learn
+
+# reproduce.py runs the defaults in full; here as much of them as a margin takes that no luck can bring.
+FEWER_ROWS = ["--eval-every", 0, "--eval-rows", 96, "--eval-samples", 2]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_grpo_learns_to_think(seed, tmp_path):
+    run("grpo", "--seed", seed, "--steps", 22, *FEWER_ROWS, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)
+    before, after = rows[0], rows[-1]
+    assert before["eval/accuracy"] <= 0.5 and before["eval/accuracy_greedy"] <= 0.5
+    assert after["eval/accuracy"] >= 0.75 and after["eval/accuracy_greedy"] >= 0.9
+    assert after["eval/completion_length"] > before["eval/completion_length"] + 6
+    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-6
+    assert max(r["policy/clip_fraction"] for r in rows[1:]) == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_dapo_learns(seed, tmp_path):
+    run("dapo", "--seed", seed, "--steps", 9, *FEWER_ROWS, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)
+    assert rows[0]["eval/accuracy"] <= 0.5 and rows[-1]["eval/accuracy"] >= 0.8
+    assert rows[-1]["eval/completion_length"] > rows[0]["eval/completion_length"] + 8
+    assert max(r["policy/clip_fraction"] for r in rows[1:]) > 0  # later minibatches are off-policy: clipping has a use
+    generated = rows[-1]["prompts/generated"]
+    assert generated == 32 * sum(r["prompts/rounds"] for r in rows[1:]) > rows[-1]["prompts/trained"] == 9 * 16
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sft_learns_and_its_model_answers_through_generate(seed, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run("sft", "--seed", seed, "--steps", 45, *FEWER_ROWS, "--output-dir", tmp_path / "sft")
+    rows = metrics(tmp_path / "sft")
+    assert rows[-1]["eval/accuracy"] >= rows[0]["eval/accuracy"] + 0.3
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
+    chat = [{"role": "user", "content": "12+30=?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=60, do_sample=False)
+    assert "<answer>42</answer>" in tokenizer.decode(out[0]) and out[0, -1] == 0
+
+
+def test_distillation_pulls_a_student_towards_its_teacher(tmp_path):
+    """--reference names the teacher, the leash becomes the signal: the KL to it falls, and accuracy follows."""
+    run("sft", "--steps", 40, *FEWER_ROWS, "--output-dir", tmp_path / "teacher")
+    flags = ["--reference", tmp_path / "teacher" / "model", "--beta", 1, "--kl-estimator", "k2", "--reward-scale", 0]
+    run("grpo", *flags, "--steps", 14, *FEWER_ROWS, "--output-dir", tmp_path / "student")
+    rows = metrics(tmp_path / "student")
+    assert rows[-1]["policy/kl"] < 0.3 * rows[1]["policy/kl"] and rows[1]["policy/kl"] > 0.1
+    assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.2
+
+
+# ---------------------------------------------------------------------------------------------- invariants
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_output_folder_is_complete(script, tmp_path):
+    run(*CASES[script][:1], *CASES[script][1], "--output-dir", tmp_path)
+    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "model/tokenizer.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert list((tmp_path / "tensorboard").iterdir()) and list((tmp_path / "checkpoints").glob("step-*"))
+    sample = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "prompt", "completion", "reward"} <= set(sample)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [0]
+    glossary = (ROOT / "README.md").read_text().partition("<summary>Every metric</summary>")[2].split("</details>")[0]
+    known = {name for row in metrics(tmp_path) for name in row if name != "step"}
+    assert known <= set(re.findall(r"`([a-z]+/[a-z_@]+)`", glossary))
+    told = fails(script, *CASES[script][1], "--output-dir", tmp_path)
+    assert "already holds a run" in told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grpo_detail_7_sft_detail_4_dapo_detail_11_any_split_is_the_same(case, tmp_path):
+    """Microbatches and processes change the order of sums alone, and a checkpoint of two processes goes on in one."""
+    script, flags = CASES[case]
+    # After two steps of at most 1e-5: Adam divides tiny differences by tiny gradients, hence a tenth of that way.
+    steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+    run(script, *steps, "--output-dir", tmp_path / "one")
+    run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
+    run(script, *steps, "--output-dir", tmp_path / "two", **({"torchrun": 2} if case == "sft" else {"processes": 2}))
+    for other in ("small", "two") if "--neftune-alpha" not in flags else ():  # whose noise is drawn for each microbatch
+        same(weights(tmp_path / "one"), weights(tmp_path / other), 2e-6)
+        for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
+            for name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=5e-6), name
+    if case in BUDGETS:
+        run(script, "--resume", tmp_path / "two", "--steps", 3)
+        run(script, "--resume", tmp_path / "one", "--steps", 3, processes=2)
+        assert metrics(tmp_path / "two")[-1]["step"] == metrics(tmp_path / "one")[-1]["step"] == 3
+        same(weights(tmp_path / "one"), weights(tmp_path / "two"), 4e-6)
+
+
+MOMENTS = [("evaluation token", 3), ("training forward", 2), ("log file", 3), ("checkpoint file", 4), ("model file", 2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sft_detail_7_grpo_detail_8_dapo_detail_15_resume_after_kill_9_is_exact(case, tmp_path):
+    """Killed in every part of a step, first before any checkpoint, a run ends bit for bit as one left alone."""
+    script, flags = CASES[case]
+    flags = [*flags, "--eval-every", 2, "--save-every", 1, "--eval-rows", 4]
+    whole, killed = tmp_path / "run_to_kill_not", tmp_path / "run_to_kill"
+    run(script, *flags, "--output-dir", whole)
+    command = [*flags, "--output-dir", killed]
+    for label, number in MOMENTS if case in BUDGETS else MOMENTS[3:4]:
+        status, told = start(script, *command, environment={"DIE_AT": f"{label}#{number}"}).finish(120)
+        assert status == -signal.SIGKILL, f"{label} {number}: {told[-2000:]}"
+        command = ["--resume", killed]
+    run(script, *command)
+    same(weights(whole), weights(killed))
+    assert timeless(whole) == timeless(killed)
+    assert (whole / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
+    for path in (whole / "model").rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (killed / path.relative_to(whole)).read_bytes(), path.name
+    kept = sorted(path.name for path in (killed / "checkpoints").glob("step-??????"))
+    assert kept == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
+    steps = [*CASES[script][1], "--steps", 1, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+    kinds = {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}
+    for name, flags in kinds.items():
+        run(script, *steps, *flags, "--output-dir", tmp_path / name)
+    run(script, *steps, *kinds["bf16"], "--output-dir", tmp_path / "two", processes=2)
+    rows = {name: metrics(tmp_path / name)[-1] for name in (*kinds, "two")}
+    norm = {name: row["optim/grad_norm"] for name, row in rows.items()}
+    assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
+    same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"), 1e-7)  # after a step of 1e-5
+    assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.02)
+    assert norm["two"] == pytest.approx(norm["bf16"], rel=5e-3)
+    assert rows["bf16"].get("policy/sampler_gap", 0) < 2e-3  # logits that are bfloat16 themselves would give twice that
+    assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "bf16" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    """An exception in the reward of one of two processes, under torchrun, which shows it."""
+    source = (ROOT / "grpo.py").read_text()
+    broken = 'return 1 / (int(os.environ["RANK"]) - 1) + float(stopped'
+    (tmp_path / "grpo.py").write_text(source.replace("return float(stopped", broken))
+    (tmp_path / "common").symlink_to(ROOT / "common")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "grpo.py"]
+    done = subprocess.run([*launcher, "--eval-rows", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode and "ZeroDivisionError" in done.stderr
+
+
+def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model):
+    """As the vision tower of a model for texts and pictures: its moments are in no checkpoint."""
+    model.vision_tower = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.arange(8)[None]).logits.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    run_ = grpo.Run(replace(grpo.EMBEDDED, output_dir=str(tmp_path)), 0, {})
+    run_.save(3, model, optimizer)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert run_.load(model, optimizer) == 3
+    same(saved, model.state_dict())
+    moments = optimizer.state[model.model.norm.weight]
+    assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------------------------- grpo.py
+
+
+def test_grpo_detail_5_ratios_are_1_before_the_first_update_in_bfloat16(tmp_path, monkeypatch):
+    """At GSPO's bounds of 3e-4 the least rounding between π_old and π would clip; the sampler's own numbers would."""
+    ratios, real = [], grpo.policy_loss
+
+    def noting(logprobs, old_logprobs, *others):
+        losses, ratio = real(logprobs, old_logprobs, *others)
+        ratios.append(ratio)
+        return losses, ratio
+
+    monkeypatch.setattr(grpo, "policy_loss", noting)
+    flags = {"surrogate": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "dtype": "bfloat16", "batch_size": 8}
+    for name, several in {"one": {}, "several": {"minibatches": 2, "update_epochs": 2}}.items():
+        ratios.clear()
+        row = quick("grpo", tmp_path / name, **flags, num_samples=4, microbatch_tokens=200, **several)
+        assert (ratios[0] == 1).all() and (ratios[1] == 1).all()
+        assert row["policy/sampler_gap"] > 1e-5 and abs(row["policy/kl"]) < (1e-9 if name == "one" else 1)
+    assert any((ratio != 1).any() for ratio in ratios)
+
+
+def test_grpo_detail_2_what_is_trained_are_the_samplers_own_ids(tmp_path, monkeypatch):
+    """Ids that no tokenizer would make of their text, the pad token among them, and a completion that was cut."""
+    odd = [[9, 8, 7, 52, 1, 0], [1, 1]]  # "</think><think>…" in single tokens, and padding
+    groups = [[Completion(odd[0], [-0.5] * 6, True), Completion(odd[1], [-0.25, -2.0], False)]] * 2
+    monkeypatch.setattr(grpo, "evaluate_answers", lambda *args: ({}, []))
+    monkeypatch.setattr(grpo.Sampler, "generate", lambda *args: groups)
+    seen, real = [], grpo.completion_logprobs
+    monkeypatch.setattr(grpo, "completion_logprobs", lambda *a, **k: seen.append(k["completions"]) or real(*a, **k))
+    row = quick("grpo", tmp_path, beta=0.0)
+    assert seen and all(completions == odd * 2 for completions in seen)
+    assert row["completions/length_mean"] == 4 and row["completions/truncated_fraction"] == 0.5
+
+
+def test_the_importance_weight_makes_up_for_the_sampler(tmp_path, monkeypatch):
+    """Truncated at the cap, π_old/μ multiplies the loss of every token, and nothing else of it."""
+    seen, real = [], grpo.aggregate
+    monkeypatch.setattr(grpo, "aggregate", lambda losses, *more: seen.append(losses.detach()) or real(losses, *more))
+    found = {}
+    for cap in (0.0, 2.0, 0.5):
+        seen.clear()
+        quick("grpo", tmp_path / str(cap), importance_cap=cap, beta=0.0, batch_size=8, num_samples=4, dtype="bfloat16")
+        found[cap] = seen[0]
+    assert 0 < (found[2.0] - found[0.0]).abs().max() < 0.1
+    torch.testing.assert_close(found[0.5], 0.5 * found[0.0])
+
+
+def test_grpo_detail_3_temperature_divides_logits_in_every_forward(tmp_path):
+    row = quick("grpo", tmp_path, temperature=0.6, beta=0.1, batch_size=4)
+    assert row["policy/sampler_gap"] < 1e-6  # the sampler's forward and the policy's
+    assert row["policy/kl"] == 0  # the reference's: at step 1 it is the policy
+
+
+def test_beta_0_loads_no_reference(tmp_path, monkeypatch):
+    loaded, load = [], grpo.load_model
+    monkeypatch.setattr(grpo, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    for beta, models in ((0.0, 1), (0.1, 2)):
+        loaded.clear()
+        assert ("policy/kl" in quick("grpo", tmp_path / str(beta), beta=beta)) == (beta > 0) and len(loaded) == models
+
+
+def test_a_completion_that_was_cut_earns_no_answer_reward():
+    row = {"answer": ["4"]}
+    assert grpo.reward("<answer>4</answer>", row, True) == 1 and grpo.reward("<answer>4</answer>", row, False) == 0
+    assert dapo.reward("<answer>4</answer>", row) == 1 and dapo.reward("5", row) == -1
+
+
+@pytest.mark.parametrize("changes", [
+    {"advantage": "dr_grpo", "aggregation": "constant", "beta": 0.0},
+    {"surrogate": "cispo", "aggregation": "token", "update_epochs": 2},
+    {"surrogate": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "kl_estimator": "k2", "minibatches": 2},
+])  # fmt: skip
+def test_grpo_variants_run(changes, tmp_path):
+    assert quick("grpo", tmp_path, **changes, batch_size=8, num_samples=4)["optim/grad_norm"] > 0
+
+
+def test_grpo_with_a_reward_model(tmp_path, tokenizer):
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    config = Qwen3Config.from_pretrained(TINY, num_labels=1)
+    for name in ("rm", "rm/member_1"):
+        Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "rm")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=?"}\n{"prompt": [{"role": "user", "content": "2+2=?"}]}\n')  # no answers needed
+    flags = {"reward_model": str(tmp_path / "rm"), "dataset": str(prompts), "eval_dataset": str(prompts)}
+    row = quick("grpo", tmp_path / "run", **flags)
+    assert row["reward/mean"] not in (0, 1) and "eval/accuracy" not in row
+    score = grpo.RewardModel(str(tmp_path / "rm"), torch.device("cpu"), False, 64)
+    one = score({"prompt": "1+1=?"}, ["<answer>2</answer>", "5"])
+    torch.testing.assert_close(score({"prompt": "1+1=?"}, ["5"]), one[1:])  # packed with others or alone
+    config.num_labels = 3
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
+    with pytest.raises(SystemExit, match="one label"):
+        quick("grpo", tmp_path / "run3", reward_model=str(tmp_path / "rm3"))
+
+
+# ---------------------------------------------------------------------------------------------- dapo.py
+
+
+def test_dapo_detail_14_metrics_are_of_all_that_was_generated(tmp_path):
+    run("dapo", *CASES["dapo"][1], "--output-dir", tmp_path)
+    assert all(r["groups/all_correct"] + r["groups/all_wrong"] > 0 for r in metrics(tmp_path)[1:])
+
+
+def test_dapo_detail_12_cut_completions_leave_the_loss_but_not_the_baseline(tmp_path, monkeypatch):
+    losses, real, seen, advantages = [], dapo.aggregate, [], dapo.group_advantages
+    monkeypatch.setattr(dapo, "aggregate", lambda *a: losses.append(a[1:]) or real(*a))
+    monkeypatch.setattr(dapo, "group_advantages", lambda *a: seen.append(advantages(*a)) or seen[-1])
+    found = {}
+    for filtering in (False, True):
+        losses.clear()
+        small = {"batch_size": 4, "num_samples": 4, "max_completion_tokens": 16, "overlong_cache": 0}
+        quick("dapo", tmp_path / str(filtering), **small, overlong_filtering=filtering)
+        mask, _, sequences, tokens, _ = losses[0]
+        assert sequences == mask.any(1).sum() and tokens == mask.sum()
+        found[filtering] = mask
+    cut = ~found[True].any(1)
+    assert 0 < cut.sum() < 16 and found[False].any(1).all()
+    assert (found[False][cut].sum(1) == 16).all()  # those that took the whole budget
+    torch.testing.assert_close(seen[0], seen[1])
+    assert seen[1].flatten()[cut].abs().sum() > 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_dapo_detail_10_a_batch_that_cannot_be_filled_ends_the_run_with_a_sentence_and_its_model(processes, tmp_path):
+    hard = tmp_path / "hard.jsonl"
+    hard.write_text('{"prompt": "1+1=?", "answer": "none of these"}\n' * 30)
+    flags = ["--max-rounds", 1, "--dataset", hard, "--eval-dataset", TINY / "maths_test.jsonl"]
+    told = run("dapo", *CASES["dapo"][1], *flags, "--output-dir", tmp_path / "run", processes=processes)
+    assert told.count("1 rounds of 6 prompts gave 0 groups with right and wrong answers") == 1
+    last = metrics(tmp_path / "run")[-1]
+    assert last["groups/all_wrong"] == 1 and "eval/accuracy" in last and (tmp_path / "run" / "model").exists()
+
+
+def test_dapo_detail_10_groups_are_kept_by_accuracy_not_by_reward(tmp_path, monkeypatch):
+    """All right, with rewards that lengths make unequal: such a group teaches to be short, and nothing else."""
+    monkeypatch.setattr(dapo, "reward", lambda text, row: 1.0)
+    row = quick("dapo", tmp_path, max_rounds=1, overlong_cache=20)
+    assert row["groups/all_correct"] == 1 and row["reward/overlong"] < 0 and "optim/grad_norm" not in row
+
+
+def test_all_five_changes_off_is_plain_grpo(tmp_path):
+    off = ["--clip-high", 0.2, "--no-dynamic-sampling", "--aggregation", "sequence", "--overlong-cache", 0]
+    run("dapo", *CASES["dapo"][1], *off, "--output-dir", tmp_path)
+    rows = metrics(tmp_path)[1:]
+    assert [r["prompts/generated"] for r in rows] == [r["prompts/trained"] for r in rows] == [4, 8, 12, 16]
+    assert all(r["reward/overlong"] == 0 for r in rows)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("script,changes,sentence", [
+    ("sft", {"dataset": ("none.jsonl",)}, "no such file"),
+    ("grpo", {"dataset": "none.jsonl"}, "no such file"),
+    ("grpo", {"dataset": "no/such-data"}, "Hub data set that can be reached"),
+    ("grpo", {"model": "no/such-model"}, "no/such-model"),
+    ("grpo", {"num_samples": 1}, "siblings"),
+    ("grpo", {"batch_size": 4, "minibatches": 3}, "a multiple of minibatches"),
+    ("grpo", {"surrogate": "gspo", "aggregation": "token"}, "--aggregation sequence only"),
+    ("grpo", {"reference": str(TINY), "beta": 0.0}, "nothing is measured"),
+    ("grpo", {"max_completion_tokens": 600}, "whole context"),
+    ("grpo", {"dataset": str(TINY / "corpus.jsonl")}, "columns prompt or question or problem; found text, title"),
+    ("dapo", {"max_prompt_tokens": 3}, "--max-prompt-tokens"),
+    ("dapo", {"overlong_cache": 64}, "must be below --max-completion-tokens"),
+    ("sft", {"chat_template": "none.jinja"}, "no such file"),
+])  # fmt: skip
+def test_what_a_user_names_wrongly_is_told_in_a_sentence(script, changes, sentence, tmp_path):
+    with pytest.raises((SystemExit, AssertionError)) as ended:
+        quick(script, tmp_path / "run", **changes)
+    assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_weights_that_are_no_numbers_stop_the_run(script, tmp_path, model, tokenizer):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = {"dynamic_sampling": False} if script == "dapo" else {}
+    with pytest.raises(SystemExit, match="diverged"):
+        quick(script, tmp_path / "run", model=str(tmp_path / "model"), **changes)
+    assert not (tmp_path / "run" / "checkpoints").exists() and not Path(tmp_path / "run" / "model").exists()
