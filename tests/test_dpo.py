@@ -355,7 +355,7 @@ def test_forms_of_pairs_give_the_same_tokens(tokenizer):
 
 
 def test_odd_rows_are_dropped_counted_and_named(tokenizer, capsys):
-    talk = [turn("user", "a"), turn("user", "b"), turn("assistant", "c"), turn("assistant", "d")]
+    talk = [turn("user", "a"), turn("user", "b"), turn("assistant", "c"), turn("user", "d")]
     rows = [
         {"prompt": "q", "chosen": "x", "rejected": "x"},
         {"prompt": "q", "chosen": " ", "rejected": "y"},
