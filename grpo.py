@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 from common.generation import Sampler, evaluate_answers, is_correct
 from common.kl import RewardModel, clip_gradients, completion_logprobs, context_length, kl_estimate, load_model, shard
-from common.tokenizer import TINY, load_questions, load_tokenizer, microbatches, pad_rows, stop_token_ids
+from common.tokenizer import TINY, load_questions, load_tokenizer, microbatches, pad_rows, shuffled_pass, stop_token_ids
 
 
 @dataclass
@@ -290,14 +290,6 @@ def main(args: Args) -> dict:
     return run.finish(policy, tokenizer, stops, bfloat16)
 
 
-def shuffled_pass(rows, step: int, size: int, seed: int) -> list:
-    """The `size` rows of `step` 1, 2, … in shuffled passes over `rows`, a function of seed and step alone."""
-    places, order = range((step - 1) * size, step * size), {}
-    for epoch in {place // len(rows) for place in places}:
-        order[epoch] = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))
-    return [rows[int(order[place // len(rows)][place % len(rows)])] for place in places]
-
-
 # ================================================================ plumbing: the same in every script, not the algorithm
 
 
@@ -328,9 +320,9 @@ class Means:
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, values, weights=None) -> None:
+    def add(self, name: str, values, weights=1.0) -> None:
         values = torch.as_tensor(values).detach().double()
-        weights = torch.ones_like(values) if weights is None else weights.double()
+        weights = torch.ones_like(values) * weights
         pair = torch.stack([(values * weights).sum(), weights.sum()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -452,7 +444,8 @@ class Run:
         last = {name: value for row in self.history for name, value in row.items()}
         if self.rank == 0:
             part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            model.generation_config.eos_token_id = stops
+            if stops:
+                model.generation_config.eos_token_id = stops
             model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)

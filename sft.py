@@ -194,10 +194,11 @@ def main(args: Args) -> dict:
 
     @torch.no_grad()
     def evaluate() -> tuple[dict, list[dict]]:
-        mine, means = held_out[list(range(rank, len(held_out), world)) or [0]], Means()
-        for part, weight in microbatches(mine["ids"], None, args.microbatch_tokens):
+        places, means = list(range(rank, len(held_out), world)), Means()
+        mine = held_out[places or [0]]
+        for part, weight in microbatches(mine["ids"], None, args.microbatch_tokens, range(len(places))):
             logprobs = logprobs_of(mine, part)
-            means.add("eval/loss", -logprobs, torch.full_like(logprobs, weight))
+            means.add("eval/loss", -logprobs, weight)
         scores, samples = means.over_processes(device), []
         if len(questions):
             sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32)  # freed in between
@@ -219,7 +220,7 @@ def main(args: Args) -> dict:
             logprobs = logprobs_of(batch, part)
             loss = sft_loss(logprobs, targets) * weight
             (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
-            means.add("loss/train", -logprobs, torch.full_like(logprobs, weight))
+            means.add("loss/train", -logprobs, weight)
         optimizer.param_groups[0] |= {"lr": learning_rate(step, args), "weight_decay": args.weight_decay}
         means.add("optim/grad_norm", clip_gradients(model, args.max_grad_norm))
         optimizer.step()
@@ -279,9 +280,9 @@ class Means:
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, values, weights=None) -> None:
+    def add(self, name: str, values, weights=1.0) -> None:
         values = torch.as_tensor(values).detach().double()
-        weights = torch.ones_like(values) if weights is None else weights.double()
+        weights = torch.ones_like(values) * weights
         pair = torch.stack([(values * weights).sum(), weights.sum()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -403,7 +404,8 @@ class Run:
         last = {name: value for row in self.history for name, value in row.items()}
         if self.rank == 0:
             part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            model.generation_config.eos_token_id = stops
+            if stops:
+                model.generation_config.eos_token_id = stops
             model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)

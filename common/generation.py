@@ -723,6 +723,28 @@ def is_correct(text: str, gold: str | list[str]) -> bool:
     return answer is not None and any(_is_same(answer, g) for g in golds)
 
 
+def sample_answers(sampler, tokenizer, questions, sampling: tuple, rank: int, world: int, greedy: bool = False) -> dict:
+    """Completions of this process's share of the questions: by the question's index, its row, completions and texts, a
+    greedy one last if wanted. `sampling`: budget in tokens, samples a question, temperature, seed."""
+    budget, num_samples, temperature, seed = sampling
+    places = list(range(rank, len(questions), world))
+    mine = [questions[i] for i in places]
+    prompts = [question["ids"] for question in mine]
+    with tqdm(total=len(mine) * (num_samples + greedy), desc="sampling", leave=False, disable=None) as bar:
+        groups = sampler.generate(prompts, budget, num_samples, temperature, seed, places, bar.update)
+        if greedy:
+            best = sampler.generate(prompts, budget, temperature=0.0, indices=places, progress=bar.update)
+            groups = [group + one for group, one in zip(groups, best)]
+    return {
+        place: (
+            question,
+            group,
+            [question["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for c in group],
+        )
+        for place, question, group in zip(places, mine, groups)
+    }
+
+
 @torch.no_grad()
 def evaluate_answers(
     sampler,
@@ -736,33 +758,33 @@ def evaluate_answers(
     world: int,
 ) -> tuple[dict, list[dict]]:
     """Answer held-out questions `num_samples` times at `temperature` and once greedily, each process its share of them.
+    Returns `answer_metrics`."""
+    sampler.sync()
+    sampling = (max_tokens, num_samples, temperature, seed)
+    answered = sample_answers(sampler, tokenizer, questions, sampling, rank, world, greedy=True)
+    return answer_metrics(answered, tokenizer, sampler.device)
+
+
+def answer_metrics(answered: dict, tokenizer, device) -> tuple[dict, list[dict]]:
+    """What this process's share of `sample_answers`, each with a greedy completion last, and the other shares tell.
 
     Returns: `eval/completion_length` and `eval/truncated_fraction` of the samples, and, if any question has an answer,
     `eval/accuracy` and `eval/accuracy_greedy`, over all processes; and for the log one sample of each of this process's
     questions, whose `reward` is whether it is right. Both use `is_correct`, also for completions that were cut.
     """
-    sampler.sync()
-    places = list(range(rank, len(questions), world))
-    mine = [questions[i] for i in places]
-    prompts, samples = [question["ids"] for question in mine], []
-    with tqdm(total=len(mine) * (num_samples + 1), desc="evaluating", leave=False, disable=None) as bar:
-        sampling = {"indices": places, "progress": bar.update}
-        sampled = sampler.generate(prompts, max_tokens, num_samples, temperature, seed, **sampling)
-        greedy = sampler.generate(prompts, max_tokens, temperature=0.0, **sampling)
-    sums = torch.zeros(5, dtype=torch.float64, device=sampler.device)  # right, right if greedy, known; tokens, cut
-    for question, group, best in zip(mine, sampled, greedy):
-        gold = question["row"].get("answer")
-        texts = [question["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for c in [*group, *best]]
+    sums, samples = torch.zeros(6, dtype=torch.float64, device=device), []
+    for question, group, texts in answered.values():
+        gold, group = question["row"].get("answer"), group[:-1]
         *right, right_greedy = [gold is not None and is_correct(text, gold) for text in texts]
-        lengths = sum(len(c.ids) for c in group) / num_samples
-        cut = sum(not c.stopped for c in group) / num_samples
-        sums += torch.tensor([sum(right) / num_samples, right_greedy, gold is not None, lengths, cut]).to(sums)
+        lengths, cut = sum(len(c.ids) for c in group), sum(not c.stopped for c in group)
+        count, known = len(group), gold is not None
+        sums += torch.tensor([1, sum(right) / count, right_greedy, known, lengths / count, cut / count]).to(sums)
         prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
         samples.append({"prompt": prompt, "completion": texts[0], "reward": float(right[0]), "gold": gold})
     if dist.is_initialized():
         dist.all_reduce(sums)
-    right, right_greedy, known, length, cut = sums.tolist()
-    metrics = {"eval/completion_length": length / len(questions), "eval/truncated_fraction": cut / len(questions)}
+    count, right, right_greedy, known, length, cut = sums.tolist()
+    metrics = {"eval/completion_length": length / count, "eval/truncated_fraction": cut / count}
     if known:
         metrics = {"eval/accuracy": right / known, "eval/accuracy_greedy": right_greedy / known, **metrics}
     return metrics, samples

@@ -18,17 +18,21 @@ Per token in the loss, all of them leave out what a token does to the divergence
 from __future__ import annotations
 
 import math
+import os
 import sys
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common.tokenizer import (
     Packed,
     Segment,
     encode_answered,
+    example_microbatches,
     first_line,
     first_of,
     load_tokenizer,
@@ -42,12 +46,12 @@ from common.tokenizer import (
 # ---------------------------------------------------------------------------------------------- models
 
 
-def load_config(path: str, flag: str = "--model"):
+def load_config(path: str, flag: str = "--model", subfolder: str = ""):
     """The model's configuration, with dropout off. Exits with a sentence that names `flag` if `path` has none."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, subfolder=subfolder)
     except (OSError, ValueError) as error:
         sys.exit(f"{flag} {path}: no folder with a model, nor a Hub name that can be reached ({first_line(error)}).")
     for name in [n for n in vars(config) if "dropout" in n or n.endswith("_pdrop")]:
@@ -97,6 +101,35 @@ def load_model(path: str, device, gradient_checkpointing: bool = False, flag: st
     return model.train(gradient_checkpointing)
 
 
+def load_scalar_model(path: str, device, gradient_checkpointing=False, flag="--model", subfolder="", head_seed=None):
+    """The model at `path` with one output, `score`, in place of its language-model head, loaded as `load_model` does.
+    With a `head_seed`, a language model gets a new linear head, normal with std 1/√(d+1). Exits with a sentence that
+    names `flag` if it cannot be loaded, or lacks a head and may not have a new one."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # which would report a new head
+    config = load_config(path, flag, subfolder)
+    config.num_labels = 1
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "subfolder": subfolder}
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
+    except Exception as error:  # all of them about what the user named
+        sys.exit(f"{flag} {path}: no model with a scalar head could be loaded from there ({first_line(error)}).")
+    if info["missing_keys"] and head_seed is None:
+        sys.exit(f"{flag} {path}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
+    if head_seed is not None and not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        sys.exit(f"{flag} {path}: {type(model).__name__} has no linear head named `score`; use a decoder.")
+    if info["missing_keys"]:
+        generator, std = torch.Generator().manual_seed(head_seed), (model.score.in_features + 1) ** -0.5
+        torch.nn.init.normal_(model.score.weight, std=std, generator=generator)
+    use_layout(model.to(device).eval())
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train(gradient_checkpointing)
+
+
 def shard(model, world: int):
     """Spread parameters, gradients and optimizer state over `world` processes, layer by layer (FSDP2), in place.
     Returns `model`, unchanged for one process. Weights are gathered in float32 and rounded by autocast, as in one
@@ -111,8 +144,10 @@ def shard(model, world: int):
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)
         fully_shard(model)
-        model.sharded_token_logprobs = partial(local_token_logprobs, model)
-        register_fsdp_forward_method(model, "sharded_token_logprobs")
+        forwards = {"sharded_token_logprobs": local_token_logprobs, "sharded_scores": local_scores}
+        for name, forward in forwards.items():  # FSDP gathers weights only around methods registered with it
+            setattr(model, name, partial(forward, model))
+            register_fsdp_forward_method(model, name)
     return model
 
 
@@ -274,7 +309,7 @@ def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[torc
 
     Returns: `logprobs` [S] with gradient, `entropy` [S] in nats without, both float32.
     """
-    if hasattr(model, "sharded_token_logprobs"):  # FSDP gathers weights only around methods registered with it
+    if hasattr(model, "sharded_token_logprobs"):
         return model.sharded_token_logprobs(batch, temperature)
     return local_token_logprobs(model, batch, temperature)
 
@@ -296,6 +331,43 @@ def completion_logprobs(
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
         logprobs, entropy = token_logprobs(model, packed, temperature)
     return pad_rows(logprobs.split(packed.lengths), width), pad_rows(entropy.split(packed.lengths), width)
+
+
+def completion_values(critic, rows: list[int], prompts, completions, bfloat16: bool = False) -> torch.Tensor:
+    """What a critic, a model with a scalar head, still expects before each token of the completions `rows` is chosen:
+    [b, T] with gradient, as in `completion_logprobs`. It is read where the token is predicted."""
+    device, width = next(critic.parameters()).device, max(map(len, completions))
+    packed = pack_completions([prompts[i] for i in rows], [completions[i] for i in rows]).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+        return pad_rows(token_scores(critic, packed, packed.sources).split(packed.lengths), width)
+
+
+def answer_logprobs(model, examples: list[dict], which: slice = slice(None), bfloat16: bool = False):
+    """Log-probabilities with gradient, summed over their tokens, and lengths [b, K] of `which` of the K `completions`
+    of examples behind the `ids` of their prompts; zero where an example has fewer. Float32."""
+    texts = [(one["ids"], ids) for one in examples for ids in one["completions"][which]]
+    counts = [len(one["completions"][which]) for one in examples]
+    prompts, completions = zip(*texts)
+    logprobs, _ = completion_logprobs(model, range(len(texts)), prompts, completions, bfloat16=bfloat16)
+    lengths = torch.tensor(list(map(len, completions)), device=logprobs.device)
+    return pad_rows(logprobs.sum(1).split(counts)), pad_rows(lengths.split(counts))
+
+
+@torch.no_grad()
+def score_answers(model, example, wanted, max_tokens: int, bfloat16: bool, which: slice = slice(None)) -> torch.Tensor:
+    """`answer_logprobs` [len(wanted), 3] of `example(i)` for all i in `wanted`; the processes share the work."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = torch.zeros(len(wanted), 3, device=next(model.parameters()).device)
+    for start in tqdm(range(0, len(wanted), 256), desc="scoring", leave=False, disable=None):
+        mine = list(range(start, len(wanted)))[rank:256:world]
+        batch = [example(wanted[i]) for i in mine or [start]]
+        for part, weight in example_microbatches(batch, max_tokens, len(mine)):
+            logprobs, _ = answer_logprobs(model, [batch[i] for i in part], which, bfloat16)
+            if weight:
+                found[[mine[i] for i in part], : logprobs.shape[1]] = logprobs
+    if world > 1:
+        dist.all_reduce(found)
+    return found
 
 
 def local_token_logprobs(model, batch: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -453,6 +525,26 @@ def matrix_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, onto: t
         return product if onto is None else onto.add_(product)
 
 
+@torch.no_grad()
+def option_probabilities(model, tokenizer, prompts: list[str], options: list[str], context, max_tokens: int, bfloat16):
+    """How probable the model holds each of the `options` to be as what follows each of the rendered `prompts`, among
+    these alone: [R, O], NaN for prompts that do not fit its `context`. An option is read at the first token that tells
+    it from the others, as the tokenizer writes it behind the prompt."""
+    device, found = next(model.parameters()).device, torch.full((len(prompts), len(options)), math.nan)
+    texts = [[tokenizer(prompt + end, add_special_tokens=False).input_ids for end in options] for prompt in prompts]
+    asked = [os.path.commonprefix(ends) for ends in texts]
+    kept, head = [i for i, ids in enumerate(asked) if len(ids) < context], model.get_output_embeddings()
+    for part in tqdm(split_by_tokens([asked[i] for i in kept], max_tokens), desc="judging", leave=False, disable=None):
+        rows = [kept[j] for j in part]
+        tokens = [ids[len(asked[rows[0]])] for ids in texts[rows[0]]]
+        weight, bias = head.weight[tokens], None if head.bias is None else head.bias[tokens]
+        packed, last = pack_whole([asked[i] for i in rows], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+            hidden = hidden_states(model, packed)[last]
+            found[rows] = head_logits(hidden, weight, bias, hidden.dtype, logit_shape(model)).softmax(-1).cpu()
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- reward models
 
 
@@ -466,6 +558,21 @@ def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0
     return scores.mean(0) - (penalty * scores.var(0, correction=0) if how == "uwo" else 0)
 
 
+def token_scores(model, batch: Packed, places: torch.Tensor) -> torch.Tensor:
+    """Outputs of a scalar head at `places` [S] of a packed row: [S] in float32, in which the head runs, because rounded
+    scores tie."""
+    return (
+        model.sharded_scores(batch, places) if hasattr(model, "sharded_scores") else local_scores(model, batch, places)
+    )
+
+
+def local_scores(model, batch: Packed, places: torch.Tensor) -> torch.Tensor:
+    """`token_scores` of a model whose weights this process holds, or has gathered."""
+    hidden = hidden_states(model, batch)[places]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.score(hidden.float())[:, 0]
+
+
 class RewardModel:
     """Scores whole answers with the output of reward_model.py: a sequence classifier with one label, or an ensemble.
 
@@ -475,25 +582,15 @@ class RewardModel:
     """
 
     def __init__(self, path: str, device, bfloat16: bool, max_tokens: int, ensemble: str = "mean"):
-        from transformers import AutoModelForSequenceClassification
-
-        flag, config = f"--reward-model {path}", load_config(path, "--reward-model")
+        flag, config = "--reward-model", load_config(path, "--reward-model")
         if getattr(config, "reward_kind", "outcome") != "outcome" or config.num_labels != 1:
-            sys.exit(f"{flag}: needs a sequence classifier with one label that scores whole answers.")
-        self.tokenizer, self.context = load_tokenizer(path, flag="--reward-model"), context_length(path)
+            sys.exit(f"{flag} {path}: needs a sequence classifier with one label that scores whole answers.")
+        self.tokenizer, self.context = load_tokenizer(path, flag=flag), context_length(path)
         self.members = []
         self.device, self.bfloat16, self.max_tokens, self.ensemble = device, bfloat16, max_tokens, ensemble
-        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         for k in range(getattr(config, "reward_members", 1)):
-            options["subfolder"] = f"member_{k}" if k else ""
-            try:
-                model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
-            except Exception as error:  # all of them about what the user named
-                sys.exit(f"{flag}: member {k} of the reward model could not be loaded ({first_line(error)}).")
-            if info["missing_keys"]:
-                sys.exit(f"{flag}: no reward model, its weights lack {', '.join(sorted(info['missing_keys']))}.")
-            use_layout(model.to(device).eval().requires_grad_(False))
-            self.members.append(model)
+            model = load_scalar_model(path, device, flag=flag, subfolder=f"member_{k}" if k else "")
+            self.members.append(model.requires_grad_(False))
 
     @torch.no_grad()
     def __call__(self, row: dict, texts: list[str]) -> torch.Tensor:
@@ -509,19 +606,24 @@ class RewardModel:
         return aggregate_scores((logits - mean) / std, self.ensemble).cpu()
 
     def logits(self, model, rows: list[list[int]]) -> torch.Tensor:
-        """Raw scores [B] of `rows` by one member: packed if its head is linear, else one row at a time. Heads run in
-        float32, because rounded scores tie."""
-        is_linear = isinstance(getattr(model, "score", None), torch.nn.Linear)
-        scores = torch.zeros(len(rows), device=self.device)
+        """Raw scores [B] of `rows` by one member: packed if its head is linear, else one row at a time."""
+        found, is_linear = (
+            torch.zeros(len(rows), device=self.device),
+            isinstance(getattr(model, "score", None), torch.nn.Linear),
+        )
         for part in split_by_tokens(rows, self.max_tokens if is_linear else 1):
             if is_linear:
-                packed = pack([Segment(rows[i], [False] * len(rows[i])) for i in part]).to(self.device)
-                last = torch.tensor([len(rows[i]) for i in part], device=self.device).cumsum(0) - 1
-                hidden = hidden_states(model, packed)[last].float()
-            with torch.autocast(self.device.type, enabled=False):
-                ids = torch.tensor([rows[part[0]]], device=self.device)
-                scores[part] = model.score(hidden)[:, 0] if is_linear else model(input_ids=ids).logits[0]
-        return scores
+                found[part] = token_scores(model, *pack_whole([rows[i] for i in part], self.device))
+            else:
+                with torch.autocast(self.device.type, enabled=False):
+                    found[part] = model(input_ids=torch.tensor([rows[part[0]]], device=self.device)).logits[0]
+        return found
+
+
+def pack_whole(rows: list[list[int]], device) -> tuple[Packed, torch.Tensor]:
+    """Texts as a packed row on `device`, and the places [R] of their last tokens, which no padding can displace."""
+    packed = pack([Segment(row, [False] * len(row)) for row in rows]).to(device)
+    return packed, torch.tensor([len(row) for row in rows], device=device).cumsum(0) - 1
 
 
 # ---------------------------------------------------------------------------------------------- KL and statistics
@@ -542,22 +644,20 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     raise ValueError(f"estimator must be k1, k2 or k3, not {estimator!r}")
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` where `mask` is true; 0 where it is nowhere true."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, add_up=lambda sums: sums) -> torch.Tensor:
-    """Scale masked values to mean 0 and population variance 1, and zero the rest.
-
-    With `shift_mean=False` the mean is added back: rewards keep their sign, only their scale is set. `add_up` sums a
-    list of numbers over whatever else is to be whitened together, such as the other processes' values.
-    """
+def masked_moments(values: torch.Tensor, mask: torch.Tensor, add_up=lambda sums: sums) -> tuple[float, float]:
+    """Mean and population variance of `values` where `mask` is 1. `add_up` sums a list of numbers over whatever else
+    belongs to them, such as the other processes' values."""
     total, count = add_up([float((values * mask).sum()), float(mask.sum())])
     mean = total / max(count, 1)
     (squares,) = add_up([float(((values - mean).square() * mask).sum())])
-    variance = values.new_tensor(squares / max(count, 1))
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return mean, squares / max(count, 1)
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, add_up=lambda sums: sums) -> torch.Tensor:
+    """Scale masked values to mean 0 and population variance 1 (see `masked_moments`), and zero the rest. With
+    `shift_mean=False` the mean is added back: rewards keep their sign, only their scale is set."""
+    mean, variance = masked_moments(values, mask, add_up)
+    whitened = (values - mean) * torch.rsqrt(values.new_tensor(variance) + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
 
 

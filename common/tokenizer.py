@@ -194,13 +194,17 @@ def stop_token_ids(tokenizer, model=None) -> list[int]:
 
 def read_messages(value, role: str = "user") -> list[dict]:
     """Read `value` as a list of messages with `role` and `content`. It may be plain text (one message of `role`), such
-    messages, their JSON, ShareGPT's `from` and `value`, or pairs of `input` and `output`; else raises ValueError."""
+    messages, their JSON, ShareGPT's `from` and `value`, pairs of `input` and `output`, or a transcript as HH-RLHF has
+    them (blank line, `Human: …`, blank line, `Assistant: …`); else raises ValueError."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         try:
             decoded = json.loads(value)
         except ValueError:
             decoded = [{}]  # a text that begins like that
         value = decoded if all({"role", "from", "input"} & set(message) for message in decoded) else value
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        turns = re.split(r"\n\n(Human|Assistant):", value.removesuffix("\n\nAssistant:"))[1:]
+        value = [{"from": name.lower(), "value": text.strip()} for name, text in zip(turns[::2], turns[1::2])]
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
@@ -455,7 +459,12 @@ def encode_questions(tokenizer, rows, source: str, max_tokens: int, needs_answer
     """
     encode = partial(encode_question, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
     questions = encode_rows(tokenizer, rows, source, encode, {"prefill": "string", "row": "string"}, required)
-    return questions.with_transform(lambda some: {**some, "row": [json.loads(row) for row in some["row"]]})
+    return questions.with_transform(with_rows)
+
+
+def with_rows(some: dict) -> dict:
+    """A batch of an encoded data set, with its rows as dicts again."""
+    return {**some, "row": [json.loads(row or "{}") for row in some["row"]]} if "row" in some else some
 
 
 def load_questions(
@@ -471,11 +480,16 @@ def load_questions(
     rows of `eval_dataset`, or, if that is None, is held out of the first (see `hold_out`)."""
     assert max_tokens > 0, "--max-completion-tokens fills the model's whole context"
     encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
-    questions = encode(load_rows(dataset), dataset)
+    return load_split(encode, dataset, eval_dataset, eval_rows, seed)
+
+
+def load_split(encode: Callable, dataset: str, eval_dataset: str | None, eval_rows: int, seed: int):
+    """What `encode(rows, source)` makes of the rows to train on, and of those to evaluate on (see `load_questions`)."""
+    encoded = encode(load_rows(dataset), dataset)
     if eval_dataset:
-        return questions, encode(load_rows(eval_dataset, eval_rows), eval_dataset)
-    (questions,), held_out = hold_out([questions], eval_rows, seed)
-    return questions, held_out
+        return encoded, encode(load_rows(eval_dataset, eval_rows), eval_dataset)
+    (encoded,), held_out = hold_out([encoded], eval_rows, seed)
+    return encoded, held_out
 
 
 def read_conversation(row: dict) -> list[dict] | str:
@@ -488,9 +502,14 @@ def read_conversation(row: dict) -> list[dict] | str:
     reply = first_of(row, "completion", "solution", "answer")
     if isinstance(reply, list) and reply and not isinstance(reply[0], dict):
         reply = reply[0]  # the first of several answers
-    reply = read_messages(str(reply) if isinstance(reply, (int, float)) else reply, "assistant")
-    if prompt[-1]["role"] == reply[0]["role"] == "assistant":  # a prefilled answer
-        reply[0] = {**reply[0], "content": prompt.pop()["content"] + reply[0]["content"]}
+    return with_reply(prompt, read_messages(str(reply) if isinstance(reply, (int, float)) else reply, "assistant"))
+
+
+def with_reply(prompt: list[dict], reply: list[dict]) -> list[dict]:
+    """A prompt and the reply to it, which continues the prompt's last message if the assistant has begun that."""
+    if prompt[-1]["role"] == reply[0]["role"] == "assistant":
+        begun = {**reply[0], "content": prompt[-1]["content"] + reply[0]["content"]}
+        prompt, reply = prompt[:-1], [begun, *reply[1:]]
     return prompt + reply
 
 
@@ -522,6 +541,116 @@ def encode_conversations(tokenizer, rows, source: str, max_length: int, loss_on:
     return conversations
 
 
+def read_answers(row: dict, least: int = 2) -> list[list[dict]]:
+    """Conversations that differ in their last turn, best first: those of `chosen` and `rejected`, or of ranked
+    `completions`, each an answer to the row's prompt or a whole conversation; if `least` is 1, also a demonstration.
+    Raises ValueError if they cannot be compared, or are fewer than `least`."""
+    if least == 1 and not {"chosen", "completions"} & set(row):
+        return [read_conversation(row)]
+    is_pair = {"chosen", "rejected"} <= set(row)
+    answers = [row["chosen"], row["rejected"]] if is_pair else first_of(row, "completions", "chosen and rejected")
+    if not isinstance(answers, list) or len(answers) < least:
+        raise ValueError(f"completions must be a list of at least {least}")
+    conversations = []
+    for answer in answers:
+        reply = read_messages(answer, "assistant")
+        if reply[0]["role"] == "assistant":
+            reply = with_reply(read_messages(first_of(row, "prompt", "question", "problem")), reply)
+        conversations.append(reply)
+    if any(conversation[:-1] != conversations[0][:-1] for conversation in conversations):
+        raise ValueError("the answers' prompts differ")
+    if any(conversation[-1]["role"] != "assistant" for conversation in conversations):
+        raise ValueError("an answer that is not the assistant's")
+    return conversations
+
+
+def encode_comparison(tokenizer, row: dict, max_prompt: int, max_completion: int, least: int, whole: bool) -> dict:
+    """A row of `encode_comparisons`. Raises ValueError if its answers cannot be compared, or are fewer than `least`."""
+    prompt, completions, cut, conversations = None, [], 0, read_answers(row, least)
+    if len(conversations) > 2 and not whole:
+        conversations = [conversations[0], conversations[-1]]
+    for conversation in conversations:
+        ids, mask = render_chat(tokenizer, conversation, row.get("tools"))
+        end = len(mask) - mask[::-1].index(True)
+        start = end - mask[end - 1 :: -1].index(False)
+        if prompt not in (None, ids[:start]):
+            raise ValueError("the chat template writes the same prompt differently before another answer")
+        prompt, answer = ids[:start], ids[start:] if whole else ids[start:end]
+        cut += len(answer) > max_completion
+        completions.append(answer[:max_completion])
+    if len(prompt) > max_prompt:
+        raise ValueError(f"a prompt of more than {max_prompt} tokens (--max-prompt-tokens)")
+    if whole and cut:
+        raise ValueError(f"an answer of more than {max_completion} tokens (--max-completion-tokens)")
+    if len(set(map(tuple, completions))) < len(completions):
+        raise ValueError("two answers are equal")
+    margin, probability = float(row.get("margin", 0)), float(row.get("chosen_probability", 1))
+    labels = [row.get("label")] if len(completions) == 1 else [True, False]
+    if not 0 <= probability <= 1 or (least == 1 and not whole and labels[0] not in (True, False)):
+        raise ValueError("chosen_probability must lie between 0 and 1, and a label must be true or false")
+    if probability < 0.5:  # so that the first is the more probable one
+        completions, margin, probability = completions[::-1], -margin, 1 - probability
+    try:
+        question = {"answer": gold_answers(row)}
+    except ValueError:
+        question = {}
+    pair = {"ids": prompt, "completions": completions, "labels": list(map(bool, labels)), "cut": cut}
+    pair |= {"ends": [[len(ids)] for ids in completions], "margin": margin, "probability": probability}
+    return {**pair, "prefill": "", "row": json.dumps(question), "prompt": repr(prompt)}
+
+
+def encode_solution(tokenizer, row: dict, max_prompt: int, max_completion: int, separator: str) -> dict:
+    """A row of `encode_comparisons` with a `separator`: all steps of a solution are the only one of its `completions`.
+    Steps and separators are tokenised apart, so that a step's last token never merges with what follows. Raises
+    ValueError if it cannot be read."""
+    steps, labels, ids, ends = first_of(row, "completions"), first_of(row, "labels"), [], []
+    if not (isinstance(steps, list) and isinstance(labels, list) and len(steps) == len(labels) > 0):
+        raise ValueError("completions and labels must be lists of the same length, a label for every step")
+    if not all(isinstance(step, str) and step.strip() for step in steps) or not all(x in (0, 1) for x in labels):
+        raise ValueError("steps must be texts that are not empty, and labels true or false")
+    for step in steps:
+        ids += encode_text(tokenizer, step, begins=False) + encode_text(tokenizer, separator, begins=False)
+        ends.append(len(ids))
+    prompt = encode_prompt(tokenizer, first_of(row, "prompt", "question", "problem"))
+    if len(prompt) > max_prompt or len(ids) > max_completion:
+        raise ValueError(
+            f"over {max_prompt} and {max_completion} tokens (--max-prompt-tokens, --max-completion-tokens)"
+        )
+    scored = {"completions": [ids], "ends": [ends], "labels": list(map(bool, labels))}
+    return {"ids": prompt, **scored, "cut": 0, "prompt": repr(prompt)}
+
+
+def encode_comparisons(
+    tokenizer, rows, source: str, max_prompt: int, max_completion: int, least: int = 2, whole=False, separator=None
+):
+    """Rows as a data set of a prompt's `ids`, its `completions` from best to worst, and what belongs to these: `labels`
+    (a single one has the row's own), `margin`, the `probability` that they are in this order, and `ends`, the lengths
+    at which they are scored. Its rows serve as questions, too (see `encode_questions`).
+
+    Completions are the best and the worst up to their end-of-turn token, cut after `max_completion` and counted; or,
+    if `whole`, all up to the conversation's end. Rows that cannot be used, or that have a longer prompt or a longer
+    `whole` completion, are dropped and counted. Exits with a sentence if none is left.
+    """
+    assert max_prompt > 0, "--max-completion-tokens fills the model's whole context"
+    budget = {"max_prompt": max_prompt, "max_completion": max_completion}
+    encode = partial(encode_comparison, tokenizer, **budget, least=least, whole=whole)
+    if separator is not None:
+        encode = partial(encode_solution, tokenizer, **budget, separator=separator)
+    columns = {
+        "completions": "lists",
+        "ends": "lists",
+        "labels": "bools",
+        "margin": "float64",
+        "probability": "float64",
+    }
+    pairs = encode_rows(
+        tokenizer, rows, source, encode, {**columns, "cut": "int64", "prefill": "string", "row": "string"}
+    )
+    if cut := sum(pairs["cut"][:]):
+        tell(f"{source}: {cut} answers cut after {max_completion} tokens (--max-completion-tokens).")
+    return pairs.with_transform(with_rows)
+
+
 def encode_rows(
     tokenizer, rows, source: str, encode: Callable[[dict], dict], columns: dict[str, str], required: bool = True
 ):
@@ -537,7 +666,7 @@ def encode_rows(
     if tokenizer.chat_template:
         end_of_turn(tokenizer)  # which may exit, and should not do so in a worker
     types = {"ids": "ints", **columns, "key": "int64", "index": "int64", "dropped": "string"}
-    lists = {"ints": List(Value("int32")), "bools": List(Value("bool"))}
+    lists = {"ints": List(Value("int32")), "lists": List(List(Value("int32"))), "bools": List(Value("bool"))}
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in types.items()})
 
     def encode_one(row: dict, index: int) -> dict:
@@ -546,7 +675,13 @@ def encode_rows(
         except Exception as error:  # templates raise what they like; it is counted and told
             return dict.fromkeys(types) | {"index": index, "dropped": first_line(error)[:100]}
         key = blake2b(made.pop("prompt").encode("utf-8", "replace"), digest_size=8).digest()
-        return {**made, "key": int.from_bytes(key, "big", signed=True), "index": index, "dropped": None}
+        return {
+            **dict.fromkeys(types),
+            **made,
+            "key": int.from_bytes(key, "big", signed=True),
+            "index": index,
+            "dropped": None,
+        }
 
     dated = "strftime_now" in str(tokenizer.chat_template) and str(getattr(tokenizer, "today", ""))
     settings = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
@@ -748,6 +883,21 @@ def pack_completions(
     return pack(segments)
 
 
+def pack_scored(examples: list[dict]) -> tuple[Packed, torch.Tensor]:
+    """Rows of `encode_comparisons` as one packed row, and the places [S] in it where scores are read, which are the
+    `ends` of completions. The completions of a prompt share it."""
+    segments, places, filled = [], [], 0
+    for example in examples:
+        prefix = len(segments)
+        segments.append(Segment(example["ids"], [False] * len(example["ids"])))
+        filled += len(example["ids"])
+        for ids, ends in zip(example["completions"], example["ends"]):
+            segments.append(Segment(ids, [False] * len(ids), prefix))
+            places += [filled + end - 1 for end in ends]
+            filled += len(ids)
+    return pack(segments), torch.tensor(places)
+
+
 def split_by_tokens(sequences: list[list[int]], max_tokens: int, prompts: list[list[int]] | None = None):
     """Group consecutive sequences into microbatches of at most `max_tokens` tokens, or of one that is longer.
 
@@ -784,3 +934,46 @@ def microbatches(
         dist.all_reduce(most, dist.ReduceOp.MAX)
         parts += [(parts[0][0] if parts else [0], 0.0)] * (int(most) - len(parts))
     return parts
+
+
+def example_microbatches(examples: list[dict], max_tokens: int, count: int | None = None):
+    """`microbatches` of the first `count` examples, by default all: rows of `ids` and the `completions` behind them."""
+    texts, prompts = [sum(one["completions"], []) for one in examples], [one["ids"] for one in examples]
+    return microbatches(texts, prompts, max_tokens, range(len(examples) if count is None else count))
+
+
+def merged(found: dict[int, object]) -> list:
+    """What all processes have found under the numbers 0, 1, …, in this order, on every process."""
+    shares = [found]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, found)
+    return [value for _, value in sorted((i, value) for share in shares for i, value in share.items())]
+
+
+def shuffled_passes(count: int, draws: int, seed: int) -> list[int]:
+    """`draws` indices from passes over `count` rows, each in an order of its own. More draws only append to fewer, so a
+    resumed run may be given more steps."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(count, generator=generator) for _ in range(-(-draws // count))]
+    return torch.cat(passes)[:draws].tolist()
+
+
+def mismatches(keys: list[int], seed: int) -> list[int]:
+    """For each of N rows another one at random that has another prompt; rows with the same one have equal `keys`.
+
+    In linear time but for a sort: rows lie prompt by prompt, and a jump ends outside the own one.
+    """
+    _, group, sizes = torch.unique(torch.tensor(keys), return_inverse=True, return_counts=True)
+    assert len(sizes) > 1, "all prompts are the same: there is no answer to another one"
+    uniform = torch.rand(len(keys), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    places = sizes.cumsum(0)[group] + (uniform * (len(keys) - sizes[group])).long()
+    return group.argsort(stable=True)[places % len(keys)].tolist()
+
+
+def shuffled_pass(rows, step: int, size: int, seed: int) -> list:
+    """The `size` rows of `step` 1, 2, … in shuffled passes over `rows`, a function of seed and step alone."""
+    places, order = range((step - 1) * size, step * size), {}
+    for epoch in {place // len(rows) for place in places}:
+        order[epoch] = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))
+    return [rows[int(order[place // len(rows)][place % len(rows)])] for place in places]

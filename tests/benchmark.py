@@ -132,7 +132,7 @@ def run_ours(
     return {
         "step": statistics.median(r["seconds"] for r in rows),
         "memory": usage.ru_maxrss * 1024 / 1e9,
-        "tokens": statistics.median(r["throughput/tokens_per_second"] for r in rows),
+        "tokens": statistics.median(r.get("throughput/tokens_per_second", 0) for r in rows),
         "pass": sum(r["seconds"] + r.get("time/reference", 0) for r in everything),
     }
 

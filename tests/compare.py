@@ -40,7 +40,7 @@ COMPARISONS = {
     "dpo": Comparison(
         {f"`{loss}`": ["--loss", loss, "--eval-every", "0"]
          for loss in ("dpo", "cdpo", "rdpo", "ipo", "dpo_norm", "rpo", "simpo", "orpo", "kto")},
-        {**EVALUATED, "eval/style": "polite", "eval/preference_accuracy": "held-out pairs", "eval/kl": "KL",
+        {**EVALUATED, "eval/preference_accuracy": "held-out pairs", "eval/chosen_logprob": "log π of the chosen",
          "eval/completion_length": "length"},
     ),
     "grpo": Comparison(

@@ -29,7 +29,7 @@ FLAGS = {
     "sft": ["--batch-size", 8, "--max-length", 512],
     "reward_model": ["--batch-size", 8, *LONG],
     "dpo": ["--batch-size", 8, *LONG],
-    "ppo": [*SAMPLED, "--reward-model", "none", "--answer-weight", 1, "--length-weight", 1, "--critic", "policy"],
+    "ppo": [*SAMPLED, "--reward-model", "None"],
     "grpo": SAMPLED,
     "dapo": [*SAMPLED, "--minibatches", 2, "--no-dynamic-sampling", "--overlong-cache", 60],
     "rlvr_math": [*SAMPLED, "--beta", 0.05],

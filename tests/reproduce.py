@@ -56,24 +56,24 @@ RECIPES = {
         {"eval/accuracy": 0.88},
     ),
     "reward_model_process": Recipe(
-        [("reward_model", "--kind process")],
+        [("reward_model", "--kind process --dataset common/tiny/steps_train.jsonl "
+          "--eval-dataset common/tiny/steps_test.jsonl")],
         {"loss/train": "loss", "eval/accuracy": "steps judged right", "eval/first_error_accuracy": "first error found"},
         STEPS,
         {"eval/first_error_accuracy": 0.86},
     ),
     "ppo": Recipe(
         [("reward_model", ""), ("ppo", "--reward-model {folder}/model")],
-        {"reward/mean": "proxy reward", "policy/kl": "KL", "value/explained_variance": "critic",
+        {"reward/mean": "proxy reward", "policy/kl_sequence": "KL", "value/explained_variance": "critic",
          "eval/accuracy": "sampled accuracy"},
         ANSWERS,
         {"eval/accuracy": 0.86, "eval/accuracy_greedy": 0.94},
     ),
     "dpo": Recipe(
         [("dpo", "")],
-        {"loss/train": "loss", "preference/margin": "margin", "eval/style": "polite",
-         "eval/accuracy": "sampled accuracy"},
+        {"loss/train": "loss", "preference/margin": "margin", "eval/accuracy": "sampled accuracy"},
         ANSWERS,
-        {"eval/accuracy": 0.7, "eval/style": 0.6},
+        {"eval/accuracy": 0.7, "eval/accuracy_greedy": 0.85},
     ),
     "grpo": Recipe([("grpo", "")], {**ROLLOUT, "policy/kl": "KL", "eval/accuracy": "sampled accuracy"}, ANSWERS,
                    {"eval/accuracy": 0.92, "eval/accuracy_greedy": 0.96}),
@@ -114,7 +114,9 @@ def run_once(name: str, seed: int) -> dict:
             folder = Path(scratch, str(number))
             command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--seed", str(seed)]
             alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # runs side by side keep to a core each
-            done = subprocess.run([*command, "--output-dir", str(folder)], capture_output=True, text=True, env=alone)
+            done = subprocess.run(
+                [*command, "--output-dir", str(folder)], capture_output=True, text=True, env=alone, cwd=ROOT
+            )
             if done.returncode:
                 sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,10 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dapo  # noqa: E402
+import dpo  # noqa: E402
 import grpo  # noqa: E402
+import ppo  # noqa: E402
+import reward_model  # noqa: E402
 import sft  # noqa: E402
 
 
@@ -42,14 +45,21 @@ SMALL = {
         if (value := getattr(module.EMBEDDED, field.name)) != getattr(module.Args(), field.name)
         and field.name not in ("model", "steps", "eval_every")
     )
-    for script, module in (("sft", sft), ("grpo", grpo), ("dapo", dapo))
+    for script, module in (
+        ("sft", sft),
+        ("reward_model", reward_model),
+        ("ppo", ppo),
+        ("dpo", dpo),
+        ("grpo", grpo),
+        ("dapo", dapo),
+    )  # fmt: skip
 }
 # Stages are short, so that each leaves the next one something to show.
 ROAD = {
     "sft": Stage("sft", "base", f"--steps 8 {SMALL['sft']}"),
-    "reward_model": Stage("reward_model", "sft", "--epochs 0.6"),
-    "ppo": Stage("ppo", "sft", "--reward-model {reward_model} --steps 15"),
-    "dpo": Stage("dpo", "sft"),
+    "reward_model": Stage("reward_model", "sft", f"{SMALL['reward_model']} --epochs 0.6"),
+    "ppo": Stage("ppo", "sft", f"{SMALL['ppo']} --reward-model {{reward_model}} --steps 15"),
+    "dpo": Stage("dpo", "sft", SMALL["dpo"]),
     "grpo": Stage("grpo", "sft", f"--steps 15 {SMALL['grpo']}"),
     "dapo": Stage("dapo", "grpo", f"--steps 8 {SMALL['dapo']}"),
     "rlvr_math": Stage("rlvr_math", "dapo", "--steps 20"),

@@ -1,20 +1,22 @@
 """ppo.py: known answers, GAE against a direct sum, a bandit whose optimum is known, its details, and bad input."""
 
-import gc
 import json
 import math
 import shutil
-import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, first_rows, metrics, refuses, run
+from conftest import TINY, first_rows, metrics
 
 import ppo
-from common.kl import AdaptiveKLController, whiten
-from common.tokenizer import render_chat
+import reward_model
+from common.generation import Completion
+from common.kl import AdaptiveKLController, RewardModel, pack_whole, token_scores, whiten
+from common.tokenizer import encode_answered
 
 CPU = torch.device("cpu")
+ENDS = (SystemExit, AssertionError)
 
 
 def t(*values) -> torch.Tensor:
@@ -29,12 +31,9 @@ def close(value, expected, tolerance=1e-6):
 
 
 def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_last_action():
-    logprobs, ref, one = t(-1, -2)[None], t(-1.5, -1.5)[None], torch.ones(1, 2)
-    close(ppo.token_rewards(logprobs, ref, t(2), one, 0.1)[0], [-0.05, 2.05])
-    mask = t(1, 1, 0)[None]  # padding behind the last action gets nothing, whatever it holds
-    padded = ppo.token_rewards(torch.cat([logprobs, t(-9)[None]], 1), torch.cat([ref, t(-1)[None]], 1), t(2), mask, 0.1)
-    close(padded[0], [-0.05, 2.05, 0])
-    close(ppo.token_rewards(logprobs, logprobs, t(2), t(1, 0)[None], 0.1)[0], [2, 0])
+    logprobs, ref = t(-1, -2, -9)[None], t(-1.5, -1.5, -1)[None]
+    close(ppo.token_rewards(logprobs[:, :2], ref[:, :2], t(2), torch.ones(1, 2), 0.1)[0], [-0.05, 2.05])
+    close(ppo.token_rewards(logprobs, ref, t(2), t(1, 1, 0)[None], 0.1)[0], [-0.05, 2.05, 0])  # nothing for padding
 
 
 def test_t13_ppo_detail_4_gae_and_what_padding_holds():
@@ -67,7 +66,7 @@ def test_gae_equals_the_direct_sum():
             assert returns[i, k].item() == pytest.approx(direct + v[k])
 
 
-def test_t14_ppo_detail_8_ppo_detail_11_whitening():
+def test_t14_ppo_detail_8_ppo_detail_9_whitening():
     one = torch.ones(3)
     close(whiten(t(1, 2, 3), one), [-1.224745, 0, 1.224745])
     close(whiten(t(1, 2, 3), one, shift_mean=False), [2 - 1.224745, 2, 2 + 1.224745])
@@ -78,31 +77,28 @@ def test_t14_ppo_detail_8_ppo_detail_11_whitening():
 
 
 def test_t15_clipped_policy_loss_and_its_gradient():
-    ratio = t(1.5, 1.5, 0.5, 0.5)
-    advantages = t(1, -1, 1, -1)
+    ratio, advantages = t(1.5, 1.5, 0.5, 0.5), t(1, -1, 1, -1)
     logprobs = ratio.log().requires_grad_()
     losses, found = ppo.clipped_policy_loss(logprobs, t(0, 0, 0, 0), advantages, torch.ones(4), 0.2)
     close(losses.detach(), [-1.2, 1.5, -0.5, 0.8])
     close(found, ratio.tolist())
     losses.sum().backward()
     close(logprobs.grad, [0, 1.5, -0.5, 0])
-    for advantage, expected in ((-1.0, 3.0), (1.0, -1.2)):
-        dual = ppo.clipped_policy_loss(t(5).log(), t(0), t(advantage), torch.ones(1), 0.2, 3.0)[0]
-        close(dual, [expected])
+    close(ppo.clipped_policy_loss(t(0, 900), t(0, 0), t(2, 0), t(1, 0), 0.2)[0], [-2, 0])  # e^900 is no number
 
 
-def test_t16_ppo_detail_12_value_clipping():
+def test_t16_ppo_detail_10_value_clipping():
     values = t(0.5).requires_grad_()
     loss = ppo.clipped_value_loss(values, t(0), t(1), 0.2)
     close(loss.detach(), [0.32])
     loss.sum().backward()
     assert values.grad.item() == 0
-    towards = t(-0.5).requires_grad_()  # moved away from the return: the larger loss is the unclipped one
-    ppo.clipped_value_loss(towards, t(0), t(1), 0.2).sum().backward()
-    assert towards.grad.item() == pytest.approx(-1.5)
+    away = t(-0.5).requires_grad_()  # moved away from the return: the larger loss is the unclipped one
+    ppo.clipped_value_loss(away, t(0), t(1), 0.2).sum().backward()
+    assert away.grad.item() == pytest.approx(-1.5)
 
 
-def test_t17_ppo_detail_15_the_controller_moves_beta_towards_the_target():
+def test_t17_ppo_detail_12_the_controller_moves_beta_towards_the_target():
     assert AdaptiveKLController(1.0, 6.0, 10_000).update(9.0, 64) == pytest.approx(1.00128)
     for kl, direction in ((9.0, 1), (3.0, -1), (6.0, 0)):
         moved = AdaptiveKLController(0.1, 6.0, 1000).update(kl, 64) - 0.1
@@ -142,249 +138,288 @@ def test_bandit_reaches_the_reference_times_the_exponential_of_the_reward():
 # ---------------------------------------------------------------------------------------------- details
 
 
-SMALL = {"steps": 1, "batch_size": 4, "num_samples": 2, "eval_rows": 4, "eval_samples": 1, "minibatches": 2}
-ON_ANSWERS = {"reward_model": "none", "answer_weight": 1.0, "critic": "policy"}
+def quick(folder, **changes) -> dict:
+    """A short run in this process; returns its last metrics."""
+    small = {"steps": 1, "batch_size": 4, "num_samples": 2, "minibatches": 1, "eval_rows": 4, "eval_samples": 1}
+    small |= {"max_completion_tokens": 24, "reward_model": None, "warmup_steps": 1, "lr_schedule": "constant"}
+    small |= {"dataset": str(first_rows("maths_train.jsonl", 240)), "output_dir": str(folder), "device": "cpu"}
+    return ppo.main(replace(ppo.EMBEDDED, **small | changes))
 
 
 @pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory):
-    """A small reward model of the project's own, with a normalisation that is not the identity."""
-    folder = tmp_path_factory.mktemp("rm")
-    pairs = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-dataset", TINY / "preferences_test.jsonl"]
-    flags = ["--steps", 4, "--normalisation", "scale", "--eval-every", 0, "--eval-rows", 8]
-    run("reward_model", *pairs, *flags, "--output-dir", folder)
-    return folder / "model"
+def scorer(tmp_path_factory) -> str:
+    """The folder of a reward model, whose normalisation is not the identity."""
+    folder = tmp_path_factory.mktemp("scorer")
+    data = {"dataset": str(first_rows("preferences_train.jsonl", 240)), "eval_rows": 8, "eval_every": 0}
+    settings = {"steps": 6, "normalisation": "scale", "output_dir": str(folder), "device": "cpu"}
+    reward_model.main(replace(reward_model.EMBEDDED, **data, **settings))
+    return str(folder / "model")
 
 
-def watch(monkeypatch, name: str) -> list:
-    """Note the arguments and the result of every call of a function of ppo.py."""
-    calls, real = [], getattr(ppo, name)
+@pytest.fixture()
+def calls(monkeypatch):
+    """calls(name): a list of the positional arguments and the result of every call of that function of ppo.py."""
 
-    def noted(*args, **kwargs):
-        calls.append((args, real(*args, **kwargs)))
-        return calls[-1][1]
+    def watch(name: str) -> list:
+        noted, real = [], getattr(ppo, name)
 
-    monkeypatch.setattr(ppo, name, noted)
-    return calls
+        def noting(*args, **kwargs):
+            noted.append((args, real(*args, **kwargs)))
+            return noted[-1][1]
 
+        monkeypatch.setattr(ppo, name, noting)
+        return noted
 
-def test_ppo_detail_1_a_cut_completion_pays(tmp_path, monkeypatch):
-    scored, given = watch(monkeypatch, "score"), watch(monkeypatch, "token_rewards")
-    ppo.main(ppo.Args(**SMALL, **ON_ANSWERS, max_completion_tokens=9, missing_eos_penalty=0.7, eval_every=0,
-                      output_dir=str(tmp_path)))  # fmt: skip
-    ((_, _, scores, mask, _), _), total = given[0], scored[1][1]["total"].flatten()  # the first is the evaluation's
-    was_cut = (scores - total + 0.7).abs() < 1e-6
-    assert bool(((scores == total) | was_cut).all()) and 0 < was_cut.sum() < len(scores)
-    assert bool((mask.sum(1)[was_cut] == 9).all())
-    assert metrics(tmp_path)[1]["completions/truncated_fraction"] == pytest.approx(was_cut.double().mean().item())
+    return watch
 
 
-def test_ppo_detail_2_ppo_detail_3_every_ratio_is_1_before_the_first_update(tmp_path, reward_folder):
-    flags = ["--reward-model", reward_folder, "--steps", 1, "--batch-size", 8, "--eval-rows", 4, "--eval-every", 0]
-    run("ppo", *flags, "--temperature", 0.6, "--update-epochs", 1, "--minibatches", 1, "--output-dir", tmp_path)
-    row = metrics(tmp_path)[-1]
-    assert row["policy/sampler_gap"] < 1e-6 and abs(row["policy/ratio_max"] - 1) < 1e-5
-    assert row["policy/clip_fraction"] == 0 and row["policy/approx_kl"] < 1e-10
-    assert abs(row["policy/kl_sequence"]) < 1e-4  # at step 1 the reference is the policy
-    assert abs(metrics(tmp_path)[0]["eval/kl"]) < 1e-4
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_ppo_detail_1_a_cut_completion_pays(is_learned, scorer, tmp_path, calls):
+    given, evaluated = calls("token_rewards"), []
+    for penalty in (0.0, 0.7):
+        changes = {"reward_model": scorer if is_learned else None, "missing_eos_penalty": penalty, "batch_size": 8}
+        row = quick(tmp_path / str(penalty), **changes, max_completion_tokens=10, eval_rows=8)
+        evaluated.append(metrics(tmp_path / str(penalty))[0])
+    ((_, _, free, mask, _), _), ((_, _, paid, _, _), _) = given
+    was_cut = (free - paid - 0.7).abs() < 1e-6
+    assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 10).all()
+    assert 0 < was_cut.double().mean().item() == row["completions/truncated_fraction"] < 1
+    cost = evaluated[0]["eval/reward"] - evaluated[1]["eval/reward"]
+    assert cost == pytest.approx(0.7 * evaluated[0]["eval/truncated_fraction"]) and 0 < cost < 0.7
 
 
-def test_ppo_detail_7_a_value_does_not_see_its_token(model):
-    from common.generation import Completion
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(dtype, tmp_path, calls):
+    """Exactly so, in several microbatches and minibatches: the sampler's own numbers would be off by rounding."""
+    losses = calls("clipped_policy_loss")
+    split = {"minibatches": 2, "update_epochs": 2, "microbatch_tokens": 100, "eval_rows": 8}
+    row = quick(tmp_path, dtype=dtype, batch_size=8, learning_rate=1e-3, **split)
+    ratios = [ratio for _, ratio in (result for _, result in losses)]
+    rows = torch.tensor([len(ratio) for ratio in ratios]).cumsum(0)
+    first = [ratio for ratio, end in zip(ratios, rows) if end <= 8]  # of the 16 rows each epoch has
+    assert len(first) > 1 and 8 in rows and all((ratio == 1).all() for ratio in first)
+    assert any((ratio != 1).any() for ratio in ratios[len(first) :])
+    assert row["policy/kl_sequence"] == 0 and metrics(tmp_path)[0]["eval/kl"] == 0 != row["eval/kl"]
 
-    critic = ppo.load_critic(ppo.Args(critic="policy", reward_model="none"), None, CPU).eval()
-    torch.nn.init.normal_(critic.score.weight)
+
+def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers_own_ids(tmp_path, monkeypatch, calls):
+    """Ids that no tokenizer would make of their text, the pad token among them, a stop token, and one that was cut."""
+    odd = [[9, 8, 7, 52, 1, 0], [1, 1]]  # "</think><think>…" in single tokens, and padding
+    group = [Completion(odd[0], [-0.5] * 6, True), Completion(odd[1], [-0.25, -2.0], False)]
+    monkeypatch.setattr(ppo.Sampler, "generate", lambda self, prompts, *args, **kwargs: [group] * len(prompts))
+    seen, real = [], ppo.completion_logprobs
+    monkeypatch.setattr(ppo, "completion_logprobs", lambda *a, **k: seen.append(k.get("completions")) or real(*a, **k))
+    given = calls("token_rewards")
+    row = quick(tmp_path, batch_size=2, missing_eos_penalty=0.5)
+    assert odd * 2 in seen and all(ids in (None, odd * 2) for ids in seen)  # None: the evaluation's
+    ((old, ref, scores, mask, _), rewards) = given[0]
+    assert mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]] * 2 and torch.equal(old, ref)
+    expected = torch.zeros(4, 6)
+    expected[1::2, 1] = -0.5
+    assert torch.equal(rewards, expected) and torch.equal(scores, expected.sum(1))
+    logprobs = torch.tensor([[-0.5] * 6, [-0.25, -2.0, 0, 0, 0, 0]] * 2)
+    assert row["completions/length_mean"] == 4 and row["completions/truncated_fraction"] == 0.5
+    assert row["policy/sampler_gap"] == pytest.approx(((old - logprobs).abs().sum() / mask.sum()).item(), rel=0.2)
+
+
+def test_ppo_detail_3_the_temperature_divides_logits_in_every_forward(tmp_path, monkeypatch):
+    seen, real = [], ppo.completion_logprobs
+    monkeypatch.setattr(ppo, "completion_logprobs", lambda *a, **k: seen.append(k["temperature"]) or real(*a, **k))
+    row = quick(tmp_path, temperature=0.6, update_epochs=1, importance_cap=0.0)
+    assert row["policy/sampler_gap"] < 1e-6  # the sampler's and the policy's
+    assert row["policy/kl_sequence"] == 0 == metrics(tmp_path)[0]["eval/kl"]  # the reference's
+    assert set(seen) == {0.6} and len(seen) == 2 + 3 + 2  # two evaluations; π_old, the reference and the update
+
+
+@pytest.mark.parametrize("is_whitened", [False, True])
+def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not(is_whitened, tmp_path, calls):
+    """In the second step, whose policy has left the reference, so that KL is in the reward."""
+    names = ("token_rewards", "gae", "clipped_policy_loss", "clipped_value_loss")
+    rewards, credits, policies, values = map(calls, names)
+    quick(tmp_path, update_epochs=1, steps=2, beta=5.0, learning_rate=1e-3, whiten_rewards=is_whitened)
+    ((old, ref, scores, mask, beta), plain), ((used, *_), (advantages, returns)) = rewards[-1], credits[-1]
+    acts = mask > 0
+    total = scores.sum() - beta * (old - ref)[acts].sum()
+    assert plain.sum().item() == pytest.approx(total.item(), rel=1e-4) and plain[acts].unique().numel() > 20
+    assert used[acts].mean().item() == pytest.approx(plain[acts].mean().item(), abs=1e-5)
+    assert is_whitened == (abs(used[acts].std(correction=0).item() - 1) < 1e-3) != torch.equal(used, plain)
+    order = [next(i for i in range(len(mask)) if torch.equal(returns[i], row)) for row in values[-1][0][2]]
+    assert sorted(order) == list(range(len(mask)))  # the critic learns returns as they are
+    torch.testing.assert_close(policies[-1][0][2], whiten(advantages, mask)[order])
+    assert not plain.requires_grad
+
+
+def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
+    critic = ppo.load_critic(replace(ppo.EMBEDDED, critic="policy"), tokenizer, CPU)
+    torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(0))
     rows = [[30, 31, 32, 33], [30, 31, 99, 33]]
-    groups = [[Completion(ids, [0.0] * len(ids), True) for ids in rows]]
     with torch.no_grad():
-        values = ppo.critic_values(critic, ppo.Rollout([[20, 21]], groups, CPU), [0, 1], False)
+        values = ppo.completion_values(critic, [0, 1], [[20, 21]] * 2, rows, False)
         alone = critic.model(input_ids=torch.tensor([[20, 21, *rows[0]]])).last_hidden_state
     torch.testing.assert_close(values[0, :3], values[1, :3])
     assert abs(values[0, 3] - values[1, 3]) > 1e-3
-    torch.testing.assert_close(values[0], critic.score(alone)[0, 1:5, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values[0], critic.score(alone)[0, 1:5, 0].detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_ppo_detail_14_epochs_shuffle_and_end_early(tmp_path, monkeypatch):
-    chosen, rows_of = [], ppo.Rollout.rows_of
-    monkeypatch.setattr(ppo.Rollout, "rows_of", lambda self, p: chosen.append(tuple(p)) or rows_of(self, p))
-    for name, limit, epochs in (("all", None, 3), ("one", 1e-12, 1), ("far", 1e3, 3)):
-        chosen.clear()
-        row = ppo.main(ppo.Args(**{**SMALL, "batch_size": 8}, **ON_ANSWERS, update_epochs=3, max_approx_kl=limit,
-                                learning_rate=1e-3, warmup_steps=0, output_dir=str(tmp_path / name)))  # fmt: skip
-        assert row["policy/epochs"] == epochs and len(chosen) == 2 * epochs
-        assert all(sorted(a + b) == list(range(8)) for a, b in zip(chosen[::2], chosen[1::2]))
-    assert len({frozenset(part) for part in chosen[::2]}) > 1
-
-
-def test_ppo_detail_16_the_critic_begins_as_the_normalised_reward_model(reward_folder, tokenizer):
-    args = ppo.Args(reward_model=str(reward_folder))
-    critic, score = ppo.load_critic(args, tokenizer, CPU).eval(), ppo.load_reward_model(args, CPU, False)
-    chat = [{"role": "user", "content": "12+30=?"}]
+def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, tokenizer):
+    critic = ppo.load_critic(replace(ppo.EMBEDDED, reward_model=scorer), tokenizer, CPU)
+    question = {"prompt": [{"role": "user", "content": "12+30=?"}]}
     texts = ["<answer>42</answer>", "<think>12+30: 42</think><answer>42</answer>", "no"]
-    rows = [render_chat(tokenizer, [*chat, {"role": "assistant", "content": text}]).ids for text in texts]
+    expected = RewardModel(scorer, CPU, False, 4096)(question, texts)
+    rows = [encode_answered(tokenizer, question["prompt"], text) for text in texts]
+    longer = [[*row[3:], 7] for row in rows]  # before a token behind the whole answer, the critic expects its score
     with torch.no_grad():
-        found = torch.stack([critic.score(ppo.last_hidden_states(critic, [row], CPU))[0, 0] for row in rows])
-    torch.testing.assert_close(found, score([(chat, text) for text in texts]), atol=1e-5, rtol=1e-4)
-    assert critic.config.reward_std != 1 and found.std() > 0
-    plain = ppo.load_critic(ppo.Args(critic="policy", reward_model=str(reward_folder)), tokenizer, CPU)
-    assert not plain.score.weight.any() and not plain.score.bias.any()
+        found = ppo.completion_values(critic, range(3), [row[:3] for row in rows], longer, False)
+        torch.testing.assert_close(token_scores(critic, *pack_whole(rows, CPU)), expected, atol=1e-5, rtol=1e-4)
+    last = torch.stack([values[len(row) - 1] for values, row in zip(found, longer)])
+    torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-4)
+    assert abs(critic.config.reward_mean) > 0.01 < abs(critic.config.reward_std - 1) and expected.std() > 0
 
 
-def test_ppo_detail_17_beta_0_holds_no_reference_while_it_trains(tmp_path, monkeypatch):
-    alive, load, grads, step = [], ppo.load_model, [], ppo.optimizer_step
-    monkeypatch.setattr(ppo, "load_model", lambda *a: alive.append(weakref.ref(m := load(*a))) or m)
-    values = ppo.critic_values
-    monkeypatch.setattr(ppo, "critic_values", lambda *a: grads.append(torch.is_grad_enabled()) or values(*a))
-
-    def counted(*args):
-        gc.collect()
-        assert sum(ref() is not None for ref in alive) == models
-        return step(*args)
-
-    monkeypatch.setattr(ppo, "optimizer_step", counted)
-    settings = {**SMALL, **ON_ANSWERS, "steps": 2, "eval_every": 1, "learning_rate": 1e-3, "microbatch_tokens": 60}
-    for beta, models in ((0.0, 1), (0.1, 2)):  # noqa: B007, `counted` reads it
-        alive.clear()
-        grads.clear()
-        row = ppo.main(ppo.Args(**settings, beta=beta, update_epochs=1, output_dir=str(tmp_path / str(beta))))
-        assert row["eval/kl"] > 0 and len(alive) == (3 if beta == 0 else 2)
-        assert grads.count(False) > 2 and grads.count(True) > 2  # old values in several microbatches, without gradient
+@pytest.mark.parametrize("critic,has_scorer", [("policy", True), ("reward_model", False)])
+def test_ppo_detail_13_or_the_critic_begins_as_the_policy_and_expects_nothing(
+    critic, has_scorer, scorer, tokenizer, model
+):
+    args = replace(ppo.EMBEDDED, critic=critic, reward_model=scorer if has_scorer else None)
+    found = ppo.load_critic(args, tokenizer, CPU)
+    assert not found.score.weight.any() and not found.score.bias.any()
+    assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in model.model.named_parameters())
 
 
-def test_plain_reward_function_and_a_critic_from_the_policy(tmp_path):
-    """As Tulu 3 does for verifiable rewards."""
-    flags = ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy", "--eval-every", 0, "--eval-rows", 96]
-    run("ppo", *flags, "--steps", 5, "--warmup-steps", 1, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.1
-    assert rows[-1]["eval/accuracy_greedy"] > rows[0]["eval/accuracy_greedy"] + 0.5
-    assert rows[-1]["reward/gold"] == rows[-1]["reward/answer"] == rows[-1]["reward/mean"]
+def test_the_importance_weight_is_on_the_policy_gradient_alone(tmp_path):
+    """Where π_old/μ is about 1, a cap of ½ halves it."""
+    once = {"update_epochs": 1, "batch_size": 2}
+    free, capped = (quick(tmp_path / str(cap), importance_cap=cap, **once) for cap in (0.0, 0.5))
+    assert capped["optim/grad_norm"] == pytest.approx(0.5 * free["optim/grad_norm"], rel=1e-4) != 0
+    assert (
+        capped["optim/critic_grad_norm"] == free["optim/critic_grad_norm"]
+        and capped["loss/policy"] == free["loss/policy"]
+    )
+
+
+# ---------------------------------------------------------------------------------------------- learning
+
+
+def test_a_reward_function_raises_accuracy(tmp_path):
+    whole = {"batch_size": 16, "num_samples": 4, "minibatches": 2, "eval_rows": 96, "learning_rate": 2e-4}
+    row = quick(tmp_path, **whole, max_completion_tokens=48, steps=5, eval_every=0)
+    before = metrics(tmp_path)[0]
+    assert row["eval/accuracy"] > before["eval/accuracy"] + 0.1
+    assert row["eval/accuracy_greedy"] > before["eval/accuracy_greedy"] + 0.2
+    assert row["policy/sampler_gap"] < 1e-6 and row["policy/clip_fraction"] > 0
+    print("ACC", before, row)
 
 
 def test_learning_rate_0_trains_the_critic_alone(tmp_path):
-    run("ppo", *ppo_flags(), "--learning-rate", 0, "--output-dir", tmp_path)
-    assert abs(metrics(tmp_path)[-1]["eval/kl"]) < 1e-4 and metrics(tmp_path)[-1]["policy/approx_kl"] < 1e-10
-    assert metrics(tmp_path)[-1]["value/mean"] != 0
+    quick(tmp_path, learning_rate=0.0, steps=3, eval_every=1, batch_size=8)
+    first, second, third = metrics(tmp_path)[1:]
+    assert all(row["eval/kl"] == 0 for row in metrics(tmp_path))
+    assert all(row["policy/kl_sequence"] == 0 == row["policy/clip_fraction"] for row in (first, second, third))
+    assert first["value/explained_variance"] == 0 != second["value/explained_variance"]
 
 
-def test_ptx_mixes_demonstrations_in(tmp_path, tokenizer):
-    """With a large weight the run learns from the demonstrations alone."""
-    flags = [*ppo_flags(), "--ptx-dataset", TINY / "demonstrations_train.jsonl", "--ptx-weight", 5, "--steps", 6]
-    run("ppo", *flags, "--output-dir", tmp_path / "ptx")
-    losses = [row["loss/ptx"] for row in metrics(tmp_path / "ptx")[1:]]
-    assert losses[-1] < 0.7 * losses[0]
-    chat = '{"prompt": "1+1=?", "completion": "2"}\n'
-    found = ppo.encode_demonstrations(tokenizer, [json.loads(chat)], "x", 100)
-    assert tokenizer.decode(found[0][0]) + tokenizer.decode(found[0][1]) == tokenizer.decode(
-        render_chat(tokenizer, [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]).ids
-    )
-    long = write(tmp_path / "long.jsonl", [{"prompt": "q" * 600, "completion": "2"}])
-    told = refuses("ppo", *ppo_flags(), "--ptx-dataset", long)
-    assert "1 of 1 demonstrations dropped" in told and "none of its rows" in told
-
-
-def ppo_flags() -> list:
-    flags = ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy", "--batch-size", 4]
-    return [*flags, "--num-samples", 2, "--eval-every", 0, "--eval-rows", 4, "--eval-samples", 1, "--steps", 2]
-
-
-def write(path, rows: list[dict]):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def test_demonstrations_of_a_large_weight_are_learnt(tmp_path):
+    data = {"ptx_dataset": str(first_rows("demonstrations_train.jsonl", 240)), "learning_rate": 1e-3}
+    quick(tmp_path, **data, ptx_weight=50.0, steps=5, batch_size=8, eval_every=0)
+    losses = [row["loss/ptx"] for row in metrics(tmp_path)[1:]]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 # ---------------------------------------------------------------------------------------------- leash and picture
 
 
-def test_controller_tightens_and_loosens_and_says_where_it_failed(tmp_path):
-    far = ["--beta", "0.001", "--kl-target", "0.001", "--kl-horizon", 100, "--learning-rate", "1e-3"]
-    told = run("ppo", *ppo_flags(), *far, "--steps", 4, "--warmup-steps", 0, "--output-dir", tmp_path / "far")
-    betas = [row["policy/beta"] for row in metrics(tmp_path / "far")[1:]]
-    assert betas[-1] > betas[0] and "was not held" in told and "--kl-horizon" in told
-    told = run("ppo", *ppo_flags(), "--kl-target", 1000, "--output-dir", tmp_path / "near")
-    betas = [row["policy/beta"] for row in metrics(tmp_path / "near")[1:]]
-    assert betas[1] < betas[0] == ppo.Args.beta and "never reached" in told
-    run("ppo", *ppo_flags(), "--kl-target", "None", "--output-dir", tmp_path / "fixed")
-    assert {row["policy/beta"] for row in metrics(tmp_path / "fixed")[1:]} == {ppo.Args.beta}
+def test_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_resume(tmp_path):
+    held = {"kl_target": 0.02, "kl_horizon": 40, "learning_rate": 1e-3, "eval_every": 0}
+    quick(tmp_path, **held, steps=4)
+    quick(None, resume=str(tmp_path), **held, steps=6)
+    rows = metrics(tmp_path)[1:]
+    for row in rows:
+        error = min(max(row["policy/kl_sequence"] / 0.02 - 1, -0.2), 0.2)
+        assert row["policy/next_beta"] == pytest.approx(row["policy/beta"] * (1 + error * 8 / 40), rel=1e-9)
+    assert [row["policy/beta"] for row in rows] == [0.5, *(row["policy/next_beta"] for row in rows[:-1])]
+    moves = [row["policy/next_beta"] - row["policy/beta"] for row in rows]
+    assert moves[0] < 0 < max(moves)
+
+
+def test_without_a_target_beta_stays(tmp_path):
+    quick(tmp_path, kl_target=None, learning_rate=1e-3, steps=3, eval_every=0)
+    assert [row["policy/next_beta"] for row in metrics(tmp_path)[1:]] == [0.5] * 3
 
 
 def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
-    wild = ["--learning-rate", "3e-3", "--warmup-steps", 0, "--beta", 0, "--eval-every", 1, "--steps", 9]
-    told = run("ppo", *ppo_flags(), *wild, "--stop-kl", 0.05, "--output-dir", tmp_path)
+    wild = {"learning_rate": 3e-3, "beta": 0.0, "kl_target": None, "eval_every": 1, "steps": 9, "stop_kl": 0.2}
+    quick(tmp_path, **wild, save_every=1)
     rows = metrics(tmp_path)
-    assert len(rows) < 9 and rows[-1]["eval/kl"] > 0.05 and all(row["eval/kl"] <= 0.05 for row in rows[:-1])
-    for name in ("overoptimisation.png", "model/model.safetensors", f"checkpoints/step-{len(rows) - 1:06d}/state.json"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert "--stop-kl ends the run at step" in told
-    assert "the run has ended" in refuses("ppo", "--resume", tmp_path)
+    assert 2 <= len(rows) < 9 and rows[-1]["eval/kl"] > 0.2 and all(row["eval/kl"] <= 0.2 for row in rows[:-1])
+    shutil.rmtree(tmp_path / "model")
+    quick(None, resume=str(tmp_path), **wild)
+    assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_proxy_and_gold_stand_side_by_side(tmp_path, reward_folder):
-    flags = [*ppo_flags(), "--reward-model", reward_folder, "--answer-weight", 0, "--critic", "reward_model"]
-    run("ppo", *flags, "--output-dir", tmp_path)
-    before, row = metrics(tmp_path)[0], metrics(tmp_path)[-1]
+def test_proxy_and_gold_stand_side_by_side(tmp_path, scorer):
+    row = quick(tmp_path, reward_model=scorer)
+    before = metrics(tmp_path)[0]
     assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(before) & set(row)
-    assert row["reward/model"] == row["reward/mean"] != row["reward/gold"]
+    assert before["eval/accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0) and before["eval/reward"] != before["eval/accuracy"]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    first = [sample["reward"] for sample in samples if sample["step"] == 0]  # the proxy of each; one sample a question
-    assert sum(first) / len(first) == pytest.approx(before["eval/reward"], abs=1e-5)
+    proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
+    assert len(proxies) == 4 and sum(proxies) / 4 == pytest.approx(before["eval/reward"], abs=1e-5)
+    score = RewardModel(scorer, CPU, False, 4096)
+    sample = next(s for s in samples if s["completion"].endswith("</answer>"))
+    (expected,) = score({"prompt": sample["prompt"]}, [sample["completion"]])
+    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
+    assert (tmp_path / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reward_model_needs_no_answers(tmp_path, scorer):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=?"}\n{"prompt": [{"role": "user", "content": "2+2=?"}]}\n')
+    row = quick(tmp_path / "run", reward_model=scorer, dataset=str(prompts), eval_dataset=str(prompts))
+    assert "eval/accuracy" not in row and row["eval/reward"] != 0
+    assert (tmp_path / "run" / "overoptimisation.png").exists()
+    with pytest.raises(ENDS, match="answer"):
+        quick(tmp_path / "without", dataset=str(prompts), eval_dataset=str(prompts))
 
 
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path):
-    shutil.copy(ROOT / "ppo.py", tmp_path)
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    told = fails("ppo", cwd=tmp_path)
-    assert "runs/reward_model/latest/model: there is none yet" in told and "python reward_model.py" in told
+def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ENDS, match="python reward_model.py"):
+        quick(tmp_path / "run", reward_model=ppo.EMBEDDED.reward_model)
 
 
-@pytest.mark.parametrize("flags,sentence", [
-    (["--reward-model", "none", "--critic", "policy"], "nothing to reward: add --answer-weight 1"),
-    (["--reward-model", "none", "--answer-weight", 1], "add --critic policy"),
-    (["--reward-model", "no/where"], "no folder with a model"),
-    (["--reward-model", TINY], "one label"),
-    (["--beta", -1], "--beta must be 0 or more"),
-    (["--kl-target", 0], "--kl-target above 0"),
-    (["--minibatches", 3], "divided into --minibatches 3"),
-    (["--update-epochs", 0], "--update-epochs must be at least 1"),
-    (["--temperature", 0], "above 0"),
-    (["--max-completion-tokens", 0], "--max-completion-tokens must be at least 1"),
-    (["--eval-samples", 0], "--eval-samples must be at least 1"),
-    (["--max-approx-kl", 0], "--max-approx-kl must be above 0"),
-    (["--dual-clip", 1], "--dual-clip above 1"),
-    (["--stop-kl", 2, "--eval-every", 0], "give --eval-every"),
-    (["--max-completion-tokens", 512], "whole context"),
-    (["--ptx-dataset", "nowhere.jsonl"], "no such file"),
-])  # fmt: skip
-def test_settings_of_ppo(flags, sentence, tmp_path):
-    base = [] if "--reward-model" in flags else ["--reward-model", "none", "--answer-weight", 1, "--critic", "policy"]
-    assert sentence in refuses("ppo", *base, *flags, "--output-dir", tmp_path / "run")
-
-
-def test_reward_models_that_cannot_serve(tmp_path, reward_folder):
+@pytest.mark.parametrize("critic", ["reward_model", "policy"])
+def test_a_reward_model_whose_weights_are_no_numbers_ends_the_run(critic, tmp_path, scorer):
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(reward_folder, tmp_path / "nan")
-    weights_ = load_file(tmp_path / "nan" / "model.safetensors")
-    weights_["score.weight"][:] = float("nan")
-    save_file(weights_, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
-    small = [*ppo_flags(), "--answer-weight", 0, "--critic", "reward_model"]
-    told = refuses("ppo", *small, "--reward-model", tmp_path / "nan", "--output-dir", tmp_path / "run1")
-    assert "gave no number for" in told and "weights" in told
-    shutil.copytree(reward_folder, tmp_path / "other")
-    path = tmp_path / "other" / "tokenizer.json"
+    broken = shutil.copytree(scorer, tmp_path / "nan") / "model.safetensors"
+    changed = {name: weight * (math.nan if name == "score.weight" else 1) for name, weight in load_file(broken).items()}
+    save_file(changed, broken, {"format": "pt"})
+    with pytest.raises(SystemExit, match="nan"):
+        quick(tmp_path / "run", reward_model=str(tmp_path / "nan"), critic=critic)
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_a_reward_model_of_another_tokenizer_scores_but_is_no_critic(tmp_path, scorer):
+    path = shutil.copytree(scorer, tmp_path / "other") / "tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     path.write_text(json.dumps(content))
-    small += ["--reward-model", tmp_path / "other"]
-    assert "its tokenizer is not that of" in (told := refuses("ppo", *small, "--output-dir", tmp_path / "run2"))
-    assert "--critic policy" in told
-    run("ppo", *small, "--critic", "policy", "--output-dir", tmp_path / "run3")
+    with pytest.raises(SystemExit, match="its tokenizer is not that of .*--critic policy"):
+        quick(tmp_path / "run", reward_model=str(tmp_path / "other"))
+    assert quick(tmp_path / "run", reward_model=str(tmp_path / "other"), critic="policy")["reward/mean"] != 0
 
 
-def test_completions_that_are_all_cut(tmp_path):
-    told = run("ppo", *ppo_flags(), "--max-completion-tokens", 2, "--output-dir", tmp_path)
-    assert told.count("Every completion of step") == 1 and "raise --max-completion-tokens" in told
+@pytest.mark.parametrize("changes,sentence", [
+    ({"reward_model": "no/where"}, "--reward-model no/where"),
+    ({"reward_model": str(TINY)}, "one label"),
+    ({"minibatches": 3}, "a multiple of minibatches"),
+    ({"ptx_dataset": "nowhere.jsonl"}, "no such file"),
+])  # fmt: skip
+def test_what_a_user_names_wrongly_is_told_in_a_sentence(changes, sentence, tmp_path):
+    with pytest.raises(ENDS, match=sentence):
+        quick(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "checkpoints").exists()
