@@ -437,7 +437,7 @@ class Run:
 
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
-        for path in self.folder.glob("*.jsonl"):
+        for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
             rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history

@@ -18,8 +18,7 @@ a policy's KL weight keeps its meaning. Defence: an ensemble, and a report of wh
 
 Normal: `loss/train` starts near log 2 = 0.693. `eval/accuracy` on held-out pairs is what counts: 0.65 to 0.75 on human
 preferences, which disagree among themselves, near 1 where a rule decides.
-Wrong: `eval/loss` turns up while `eval/accuracy` stands still (the model grows too sure by `eval/calibration_error`);
-`eval/length_correlation` near 1 (it reads length).
+Wrong: `eval/length_correlation` near 1; `eval/loss` and `eval/calibration_error` rise while `eval/accuracy` stands.
 
 model/ is a sequence classifier with one label, model/member_k the rest of an ensemble. The normalised score is (logit −
 reward_mean) / reward_std of its config; with `reward_kind` process, sigmoid(logit) is a step's probability.
@@ -35,8 +34,7 @@ Details that decide whether it works, marked in the code under their numbers:
  8. A judge sees every pair in both orders, and only its two options are compared, as they follow its words.
  9. All randomness is a function of seed and step: a resumed run repeats the uninterrupted one bit for bit.
 
-Papers: InstructGPT arXiv:2203.02155, Llama 2 2307.09288 (margin), 2312.09244 (centring), 2310.02743 (ensembles),
-2305.20050 (process), Constitutional AI 2212.08073, RLAIF 2309.00267.
+Papers: InstructGPT arXiv:2203.02155, Llama 2 2307.09288, ensembles 2310.02743, process 2305.20050, RLAIF 2309.00267.
 """
 
 import gc
@@ -193,7 +191,9 @@ def main(args: Args) -> dict:
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     is_process = args.kind == "process"
     assert args.batch_size % world == 0, "--batch-size must be a multiple of the processes"
+    assert not (args.judge and is_process), "--judge compares whole answers: --kind outcome only"
     assert args.judge or not args.principles, "--principles are shown to a judge: add --judge"
+    assert not args.principles or Path(args.principles).is_file(), f"--principles {args.principles}: no such file"
     shown = {"loss/train": "loss", "eval/accuracy": "accuracy", "eval/margin": "margin"}
     run = Run(args, rank, shown) if args.judge else None  # whose labels are kept in its folder
 
@@ -201,10 +201,8 @@ def main(args: Args) -> dict:
     tokenizer, source = load_tokenizer(args.model, args.today), args.dataset
     ensure_chat_template(tokenizer)
     longest = min(args.max_prompt_tokens, context_length(args.model) - args.max_completion_tokens)
-    if args.judge:
-        source = run.folder / "labelled.jsonl"
-        if not source.exists():
-            label_pairs(source, args, tokenizer, longest, device, bfloat16, rank, world)
+    if args.judge and not (source := run.folder / "labelled.jsonl").exists():
+        label_pairs(source, args, tokenizer, longest, device, bfloat16, rank, world)
     encode = partial(encode_comparisons, tokenizer, max_prompt=longest, max_completion=args.max_completion_tokens)
     encode_rows = partial(encode, whole=True, separator=args.step_separator if is_process else None)
     train, held_out = load_split(encode_rows, f"{source}", args.eval_dataset, args.eval_rows, args.seed)
@@ -325,6 +323,7 @@ def report(raw: list[torch.Tensor], joined: list[torch.Tensor], examples: list[d
     for scores in torch.cat(raw, 1):  # detail 5
         losses, weights, margins = losses_of(scores, examples, is_process)
         means.add("eval/loss", losses, weights)
+        margins = margins[weights > 0]
         means.add("eval/calibration_error", calibration_error(margins.abs().sigmoid(), margins > 0))
     _, weights, margins = losses_of(flat, examples, is_process)
     means.add("eval/accuracy", margins > 0, weights)  # a tie is wrong
@@ -350,9 +349,9 @@ def label_pairs(path: Path, args: Args, tokenizer, longest: int, device, bfloat1
     labels. The processes share the work; rows that cannot be read or asked are dropped and counted."""
     rows, pairs = load_rows(args.dataset), {}
     for i in range(rank, len(rows), world):
-        with suppress(ValueError):  # counted below
+        with suppress(Exception):  # whatever a row may be; counted below
             pairs[i] = ((row := read_row(rows[i])) | {"margin": float(row.get("margin", 0))}, read_answers(row))
-    if not merged(pairs):  # prompts alone
+    if not total(len(pairs), device):  # prompts alone
         questions = encode_questions(tokenizer, rows, args.dataset, longest, needs_answer=False)
         model = load_model(args.model, device)
         sampler = Sampler(model, stop_token_ids(tokenizer, model), torch.bfloat16 if bfloat16 else torch.float32)
@@ -365,7 +364,7 @@ def label_pairs(path: Path, args: Args, tokenizer, longest: int, device, bfloat1
     judge_tokenizer = load_tokenizer(args.judge, args.today, "--judge")
     ensure_chat_template(judge_tokenizer)
     lines, asked = Path(args.principles).read_text().split("\n") if args.principles else [], []
-    principles = [line for line in lines if line.strip()] or [""]
+    principles = list(filter(str.strip, lines)) or [""]
     for i, (_, answers) in pairs.items():
         said = [answer[-1].get("content") or "" for answer in answers]
         turns = "\n".join(f"{m['role'].capitalize()}: {m.get('content') or ''}" for m in answers[0][:-1])
@@ -385,8 +384,8 @@ def label_pairs(path: Path, args: Args, tokenizer, longest: int, device, bfloat1
         row["margin"] *= 1 if probability >= 0.5 else -1
         lines.append(json.dumps(row | {"chosen_probability": max(probability, 1 - probability)}, default=str) + "\n")
         flips += (first > 0.5) == (swapped > 0.5)
-    tell(f"The judge labelled {len(lines)} of {len(rows)} rows. Its choice flips with the order of the answers in "
-         f"{flips / max(1, len(lines)):.0%}, which should be far below half.")  # fmt: skip
+    tell(f"The judge labelled {len(lines)} of {len(rows)} rows; its choice flips with the order of the answers in "
+         f"{flips / max(1, len(lines)):.0%}.")  # fmt: skip
     if rank == 0:
         path.with_suffix(".writing").write_text("".join(lines))
         path.with_suffix(".writing").rename(path)
@@ -525,7 +524,7 @@ class Run:
 
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
-        for path in self.folder.glob("*.jsonl"):
+        for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
             rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history

@@ -586,8 +586,10 @@ def encode_comparison(tokenizer, row: dict, max_prompt: int, max_completion: int
         raise ValueError("two answers are equal")
     margin, probability = float(row.get("margin", 0)), float(row.get("chosen_probability", 1))
     labels = [row.get("label")] if len(completions) == 1 else [True, False]
-    if not 0 <= probability <= 1 or (least == 1 and not whole and labels[0] not in (True, False)):
-        raise ValueError("chosen_probability must lie between 0 and 1, and a label must be true or false")
+    if not (0 <= probability <= 1 and abs(margin) < float("inf")):
+        raise ValueError("chosen_probability must lie between 0 and 1, and margin must be a number")
+    if least == 1 and not whole and labels[0] not in (True, False):
+        raise ValueError(f"label must be true or false, not {labels[0]!r}")
     if probability < 0.5:  # so that the first is the more probable one
         completions, margin, probability = completions[::-1], -margin, 1 - probability
     try:

@@ -1,463 +1,473 @@
-"""dpo.py: known answers, gradients, parity with TRL, its invariants, and what it says to bad input."""
+"""dpo.py: known answers, gradients, parity with TRL, its numbered details, its data, and what it says to bad input."""
 
-import gc
 import json
 import math
-import shutil
+import time
 import weakref
+from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, first_rows, metrics, refuses, run
+from conftest import TINY, first_rows, metrics
 
 import dpo
-from common.tokenizer import render_chat
+from common import kl
+from common.generation import Completion, is_correct
+from common.tokenizer import encode_comparisons, encode_prompt, load_rows, mismatches, render_chat
 
-PAIRS = ["--dataset", first_rows("preferences_train.jsonl", 240), "--eval-dataset", TINY / "preferences_test.jsonl"]
-SHORT = [*PAIRS, "--steps", 6, "--eval-every", 0, "--eval-rows", 8, "--eval-samples", 1, "--batch-size", 8]
-LOSSES = ["dpo", "cdpo", "rdpo", "ipo", "dpo_norm", "rpo", "simpo", "orpo", "kto"]
+CPU, MODEL = torch.device("cpu"), str(TINY)
+ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
+LOSSES = [*dpo.PAIR_LOSSES, "kto"]
+YES, NO = torch.tensor([True]), torch.tensor([False])
+same = torch.testing.assert_close
 
 
 def t(*values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def close(value, expected, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(value).double(), t(*expected), atol=tolerance, rtol=0)
+def close(value, *expected):
+    same(value, t(*expected), atol=1e-6, rtol=0)
 
 
-def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0)
+def quick(folder, **changes) -> dict:
+    """A short run in this process; returns its last metrics."""
+    small = {"steps": 1, "batch_size": 4, "eval_rows": 2, "eval_samples": 1, "max_completion_tokens": 64}
+    small |= {"warmup_steps": 1, "dataset": str(first_rows("preferences_train.jsonl", 240)), "device": "cpu"}
+    return dpo.main(replace(dpo.EMBEDDED, **small | {"output_dir": str(folder)} | changes))
 
 
-def write(path, rows: list[dict]):
+def write(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return str(path)
 
 
-def read(name: str, count: int) -> list[dict]:
-    return [json.loads(line) for line in (TINY / name).read_text().splitlines()[:count]]
+def read(count: int) -> list[dict]:
+    return [json.loads(line) for line in first_rows("preferences_train.jsonl", count).read_text().splitlines()]
+
+
+def encoded(tokenizer, rows: list[dict], folder, max_prompt=100, max_completion=100):
+    lines = load_rows(write(folder / "rows.jsonl", rows))
+    return encode_comparisons(tokenizer, lines, "rows", max_prompt, max_completion)
+
+
+def direct_logprob(model, example: dict, k: int) -> float:
+    """Of answer k, summed over its tokens, by the model's own logits of this text alone."""
+    prompt, ids = example["ids"], example["completions"][k]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return float(logprobs[range(len(ids)), ids].sum())
+
+
+@pytest.fixture()
+def calls(monkeypatch):
+    """calls(name, …): for each a list of the arguments and the result of every call of that function of dpo.py."""
+
+    def watch(name: str) -> list:
+        noted, real = [], getattr(dpo, name)
+        monkeypatch.setattr(dpo, name, lambda *a, **more: noted.append((*a, real(*a, **more))) or noted[-1][-1])
+        return noted
+
+    return lambda *names: map(watch, names)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def check_references(forwards: list, rewarded: list) -> None:
+    """The reference is the model that training began with, and the policy has left it."""
+    model, ratios = dpo.load_model(MODEL, CPU), [call[3] for call in rewarded if call[3].requires_grad]
+    for (_, examples, *_, (logprobs, _)), ratio in zip(forwards, ratios, strict=True):
+        expected = torch.tensor([[direct_logprob(model, one, k) for k in (0, 1)] for one in examples])
+        same(logprobs - ratio, expected, atol=1e-4, rtol=0)
+    assert ratios[-1].abs().max() > 0.1
 
 
 # ---------------------------------------------------------------------------------------------- known answers
 
 
-def test_t18_dpo_detail_7_sums_and_means():
-    delta = t(-10.0) - t(-11.0) - (t(-12.0) - t(-11.0))
-    close(dpo.dpo_loss(delta, 0.1), [0.598139])
-    close(dpo.cdpo_loss(delta, 0.1, 0.1), [0.618139])
-    close(dpo.rdpo_loss(delta, 0.1, 0.1), [0.573139])
-    close(dpo.ipo_loss(delta, 0.1), [9.0])
-    close(dpo.ipo_loss(t(1 / 5 + 1 / 4), 0.1), [20.7025])
-    close(dpo.dpo_norm_loss(t(1 / 5), t(-1 / 4), 5.0), [0.100207])
-    close(dpo.dpo_loss(t(0.0), 0.1), [math.log(2)])
-    # The same through what the script calls: which losses take sums and which means.
-    logprobs, ratio, lengths = t(-10, -12), t(1, -1), t(5, 4)
-    for loss, expected in (("dpo", 0.598139), ("ipo", 9.0), ("dpo_norm", 0.670900), ("rpo", 0.598139 + 2)):
-        close(dpo.pair_losses(dpo.Args(loss=loss), 0.1, logprobs, ratio, lengths), [expected])
-
-
-def test_t19_dpo_detail_8_simpo_and_orpo():
-    close(dpo.simpo_loss(t(-2.0), t(-3.0), 2.0, 1.0), [0.313262])
-    close(dpo.orpo_loss(t(-0.5), t(-1.0), 0.1), [0.532030])
-    close(dpo.orpo_loss(t(-0.5), t(-1.0), 1.0) - 0.5, [math.log1p(math.exp(-0.974077))])
-    x = torch.tensor([-1e-6, -1e-3, -0.69, -0.7, -30.0], requires_grad=True)
-    expected = [math.log(-math.expm1(v)) for v in x.tolist()]
-    close(dpo.log1mexp(x).detach(), expected, 2e-6)
-    assert dpo.log1mexp(x).sum().backward() is None and x.grad.isfinite().all()
-    certain = torch.zeros(1, requires_grad=True)  # a mean log-probability of exactly 0
-    loss = dpo.orpo_loss(certain, torch.tensor([-80.0]), 1.0)
-    loss.sum().backward()
-    assert loss.isfinite().all() and certain.grad.isfinite().all()
+def test_t18_t19_dpo_detail_7_losses_of_sums_and_of_means():
+    logprobs, ratio, lengths = t([-10, -12]), t([1, -1]), t([5, 4])
+    expected = {"dpo": 0.598139, "cdpo": 0.618139, "rdpo": 0.573139, "ipo": 9, "dpo_norm": 0.670900, "rpo": 2.598139}
+    for loss, value in expected.items():
+        close(dpo.PAIR_LOSSES[loss](logprobs, ratio, lengths, 0.1, ARGS), value)
+    close(dpo.dpo_norm_loss(logprobs, ratio, lengths, 5.0, ARGS), 0.100207)
+    close(dpo.simpo_loss(logprobs, ratio, lengths, 2.0, ARGS), 0.313262)
+    close(dpo.ipo_loss(None, ratio / lengths, None, 0.1, ARGS), 20.7025)
+    close(dpo.dpo_loss(None, t([7, 7]), None, 0.1, ARGS), math.log(2))
+    close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 0.1, ARGS), 0.532030)
+    close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 1.0, ARGS), 0.5 + math.log1p(math.exp(-0.974077)))
+    rewards = {loss: dpo.implicit_rewards(loss, 0.5, logprobs, ratio, lengths)[0].tolist() for loss in LOSSES}
+    of_means = {"dpo_norm": [0.1, -0.125], "simpo": [-1, -1.5], "orpo": [-1, -1.5]}
+    assert rewards == dict.fromkeys(LOSSES, [0.5, -0.5]) | of_means
 
 
 def test_t20_kto():
-    yes, no = torch.tensor([True]), torch.tensor([False])
-    close(dpo.kto_loss(t(2.0), yes, 0.5, 0.1, 1, 1), [0.462570])
-    close(dpo.kto_loss(t(1.0), no, 0.5, 0.1, 1, 1), [0.512497])
-    close(dpo.kto_loss(t(0.0), no, 0.0, 0.1, 1, 1), [0.5])
-    close(dpo.kto_loss(t(0.0), yes, 0.0, 0.1, 3, 1), [1.5])
-    assert dpo.kto_baseline(t(-2.0, 1.0)) == 0 and dpo.kto_baseline(t(2.0, -1.0)) == 0.5
+    weighted = replace(ARGS, desirable_weight=3.0, undesirable_weight=1.0)
+    close(dpo.kto_loss(t(2), YES, 0.5, 0.1, ARGS), 0.462570)
+    close(dpo.kto_loss(t(1), NO, 0.5, 0.1, weighted), 0.512497)
+    close(dpo.kto_loss(t(0, 0), torch.cat([YES, NO]), 0.0, 0.1, weighted), 1.5, 0.5)
+
+
+def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
+    x = torch.tensor([-1e-9, -1e-6, -1e-3, -0.69, -0.7, -16.0, -30.0, -80.0], requires_grad=True)
+    found, exact = dpo.log1mexp(x), x.tolist()
+    found.sum().backward()
+    values = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in exact]
+    same(found.double(), t(*values), rtol=2e-6, atol=0)
+    same(x.grad.double(), t(*[math.exp(v) / math.expm1(v) for v in exact]), rtol=2e-6, atol=0)
+    certain = torch.tensor([[0.0, -80.0]], requires_grad=True)  # a probability of exactly 1, and one near 0
+    loss = dpo.orpo_loss(certain, None, torch.ones(1, 2), 1.0, ARGS)
+    loss.sum().backward()
+    assert loss.isfinite().all() and certain.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_against_finite_differences(loss):
     torch.manual_seed(0)
-    lengths = t(5, 4, 3, 7)
-    ref = -torch.rand(4, dtype=torch.float64) * 5
-    logprobs = (-torch.rand(4, dtype=torch.float64) * 5).requires_grad_()
-    args, labels = dpo.Args(loss=loss, simpo_gamma=1.0), torch.tensor([True, False, False, True])
+    lengths, labels = t([5, 4], [3, 7]), torch.stack([YES, NO]) == torch.cat([YES, NO])
+    ref, logprobs = (-torch.rand(2, 2, 2, dtype=torch.float64) * 5).unbind()
 
     def value(x):
         if loss == "kto":
-            return dpo.kto_loss(x - ref, labels, 0.3, 0.1, 1.0, 1.3)
-        return dpo.pair_losses(args, 0.7, x, x - ref, lengths)
+            return dpo.kto_loss(x - ref, labels, 0.3, 0.7, ARGS)
+        return dpo.PAIR_LOSSES[loss](x, x - ref, lengths, 0.7, ARGS)
 
-    assert torch.autograd.gradcheck(value, logprobs)
+    assert torch.autograd.gradcheck(value, logprobs.requires_grad_())
 
 
 # ---------------------------------------------------------------------------------------------- parity with TRL
 
 
-@pytest.mark.parametrize("ours,theirs", [
-    ("dpo", ["sigmoid"]), ("rdpo", ["robust"]), ("dpo_norm", ["sigmoid_norm"]), ("ipo", ["ipo"]),
-    ("rpo", ["sigmoid", "sft"]),
-])  # fmt: skip
-def test_parity_with_trl_dpo_trainer(ours, theirs, tmp_path, tokenizer):
-    """From rows to the number: TRL's batch and loss against ours, for a policy that has left its reference."""
+@pytest.fixture(scope="module")
+def trl(tmp_path_factory, tokenizer):
+    """TRL's trainer with a policy that has left its reference, its batch, and our log π, ratios and lengths of it."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in read("preferences_train.jsonl", 40)]
-    if ours == "rpo":  # TRL averages over the batch's tokens, we over each answer's: equal for one pair
-        rows = rows[:1]
-    config = DPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=len(rows), use_cpu=True, bf16=False, report_to="none",
-        loss_type=theirs, loss_weights=[1.0] * len(theirs), beta=0.3, label_smoothing=0.1,
-        max_length=None, gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = DPOTrainer(str(TINY), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    reference = dpo.load_model(dpo.Args(), torch.device("cpu"))
-    policy = dpo.load_model(dpo.Args(), torch.device("cpu"))
+    folder = tmp_path_factory.mktemp("trl")
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in read(24)]
+    config = {"per_device_train_batch_size": 24, "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.3}
+    config = DPOConfig(str(folder), **config, max_length=None, gradient_checkpointing=False)
+    trainer = DPOTrainer(MODEL, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    reference, policy = dpo.load_model(MODEL, CPU), dpo.load_model(MODEL, CPU)
     torch.manual_seed(0)
     with torch.no_grad():
-        for mine, his in zip(policy.parameters(), trainer.model.parameters()):
-            mine.add_(torch.randn_like(mine) * 0.01)
-            his.copy_(mine)
-    expected = trainer.compute_loss(trainer.model.eval(), batch).detach()
-    examples = dpo.encode_rows(tokenizer, rows, "rows", 500, 128)
-    cpu = torch.device("cpu")
-    logprobs, lengths = dpo.completion_logprobs(policy, examples, cpu, False)
-    ref_logprobs, _ = dpo.completion_logprobs(reference, examples, cpu, False)
-    ratio = logprobs - ref_logprobs
+        for mine, his in zip(policy.parameters(), trainer.model.eval().parameters()):
+            his.copy_(mine.add_(torch.randn_like(mine) * 0.01))
+        examples = list(encoded(tokenizer, rows, folder))
+        logprobs, lengths = kl.answer_logprobs(policy, examples)
+        ratio = logprobs - kl.answer_logprobs(reference, examples)[0]
+    assert len(ratio) == 24
+    return trainer, next(iter(trainer.get_train_dataloader())), logprobs, ratio, lengths
+
+
+@pytest.mark.parametrize("ours,theirs", [
+    ("dpo", "sigmoid"), ("rdpo", "robust"), ("dpo_norm", "sigmoid_norm"), ("ipo", "ipo"), ("rpo", "sigmoid sft")
+])  # fmt: skip
+def test_parity_with_trl_dpo_trainer(ours, theirs, trl):
+    """From rows to the number."""
+    trainer, batch, logprobs, ratio, lengths = trl
+    trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = theirs.split(), [1.0] * len(theirs.split()), 0.1
+    expected = trainer.compute_loss(trainer.model, batch).detach()
     if ours == "ipo":  # TRL takes means per token
         ratio = ratio / lengths
-    losses = dpo.pair_losses(dpo.Args(loss=ours), 0.3, logprobs, ratio, lengths)
-    torch.testing.assert_close(losses.mean().detach(), expected, atol=2e-5, rtol=1e-4)
+    if ours == "rpo":  # TRL's likelihood is a mean over the tokens of all answers, ours over those of each
+        lengths = lengths.float().mean(0).expand(len(lengths), 2)
+    same(dpo.PAIR_LOSSES[ours](logprobs, ratio, lengths, 0.3, ARGS).mean(), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_parity_with_trl_orpo_and_simpo():
+def test_parity_with_trl_orpo_simpo_and_cdpo():
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
     torch.manual_seed(0)
-    chosen, rejected = -torch.rand(6) * 3, -torch.rand(6) * 3
-    accelerator = SimpleNamespace(device="cpu")
-    odds, *_ = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.3, accelerator=accelerator), chosen, rejected)
-    torch.testing.assert_close(dpo.orpo_loss(chosen, rejected, 0.3), -chosen - odds)
-    stub = SimpleNamespace(
-        alpha=0.0, loss_type="simpo", simpo_gamma=0.5, beta=2.0, label_smoothing=0.0, accelerator=accelerator
-    )
-    expected, *_ = CPOTrainer.cpo_loss(stub, chosen, rejected)
-    torch.testing.assert_close(dpo.simpo_loss(chosen, rejected, 2.0, 0.5), expected)
+    means, lengths = -torch.rand(6, 2) * 3, torch.randint(1, 9, (6, 2))
+    sums, two, stub = means * lengths, means.unbind(1), SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
+    vars(stub).update(beta=0.3, alpha=0.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=0.0)
+    odds, *_ = ORPOTrainer.odds_ratio_loss(stub, *two)
+    same(dpo.orpo_loss(sums, None, lengths, 0.3, ARGS), -two[0] - odds)
+    same(dpo.simpo_loss(sums, None, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
     stub.loss_type, stub.label_smoothing = "sigmoid", 0.1  # cDPO is CPO's smoothed loss of log-ratios
-    expected, *_ = CPOTrainer.cpo_loss(stub, chosen, rejected)
-    torch.testing.assert_close(dpo.cdpo_loss(chosen - rejected, 2.0, 0.1), expected)
+    same(dpo.cdpo_loss(None, means, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
 
 
 def test_parity_with_trl_kto():
     """TRL's KTO loss on given log-probabilities: the model is a stub that returns them."""
-    from collections import defaultdict
-
     from trl import KTOTrainer
 
     torch.manual_seed(0)
-    new, mismatched = -torch.rand(4, 5), -torch.rand(4, 5)
-    ref, ref_mismatched = -torch.rand(4) * 3, -torch.rand(4) * 3
-    label = torch.tensor([True, False, True, False])
-    ones, width = torch.ones(4, 6, dtype=torch.long), 5
+    new, mismatched, (ref, ref_mismatched) = -torch.rand(4, 5), -torch.rand(4, 5), -torch.rand(2, 4) * 3
+    label, ones, zero = torch.tensor([True, False, True, False]), torch.ones(4, 6, dtype=torch.long), torch.zeros(4, 5)
+    means = {"entropy": zero, "mean_logits": zero, "mean_token_accuracy": zero.sum(), "num_correct": zero.sum()}
 
     def model(input_ids, **_):
-        values = mismatched if (input_ids == 2).all() else new
-        return SimpleNamespace(log_probs=values, entropy=torch.zeros(4, width), mean_logits=torch.zeros(4, width),
-                               mean_token_accuracy=torch.zeros(()), num_correct=torch.zeros(()))  # fmt: skip
+        return SimpleNamespace(log_probs=mismatched if (input_ids == 2).all() else new, **means)
 
-    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=accelerator, calculate_KL=True, precompute_ref_logps=True,
-        aux_loss_enabled=False, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.3, _tp_size=1,
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, use_kernel=False,
+        model=SimpleNamespace(training=True), calculate_KL=True, precompute_ref_logps=True, aux_loss_enabled=False,
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x), use_kernel=False,
+        loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.3, _tp_size=1,
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
     )  # fmt: skip
     trainer._compute_kl_logps = lambda m, b: KTOTrainer._compute_kl_logps(trainer, m, b)
-    batch = {
-        "input_ids": ones, "attention_mask": ones, "completion_mask": ones, "KL_input_ids": ones * 2,
-        "KL_attention_mask": ones, "KL_completion_mask": ones, "label": label, "ref_logps": ref,
-        "ref_KL_logps": ref_mismatched,
-    }  # fmt: skip
-    expected = KTOTrainer._compute_loss(trainer, model, batch, False)
-    baseline = dpo.kto_baseline(mismatched.sum(1) - ref_mismatched)
-    ours = dpo.kto_loss(new.sum(1) - ref, label, baseline, 0.1, 1.0, 1.3)
-    torch.testing.assert_close(ours.mean(), expected)
+    batch = {f"{kind}{name}_mask": ones for kind in ("", "KL_") for name in ("attention", "completion")}
+    batch |= {"input_ids": ones, "KL_input_ids": ones * 2, "label": label, "ref_logps": ref}
+    expected = KTOTrainer._compute_loss(trainer, model, {**batch, "ref_KL_logps": ref_mismatched}, False)
+    baseline = max(0.0, float((mismatched.sum(1) - ref_mismatched).mean()))
+    same(dpo.kto_loss(new.sum(1) - ref, label, baseline, 0.1, ARGS).mean(), expected)
 
 
 # ---------------------------------------------------------------------------------------------- details
 
 
-def test_dpo_detail_1_one_prompt_trimmed_once(tokenizer):
-    row = read("preferences_train.jsonl", 1)[0]
-    example = dpo.encode_rows(tokenizer, [row], "rows", 500, 128)[0]
-    trimmed = dpo.encode_rows(tokenizer, [row], "rows", 3, 128)[0]
-    assert trimmed.prompt == example.prompt[-3:] and trimmed.completions == example.completions
-    packed = dpo.pack_completions([example.prompt] * 2, example.completions)
-    assert packed.ids.numel() == len(example.prompt) + sum(map(len, example.completions))
+def test_dpo_detail_1_two_answers_share_the_forward_of_their_prompt(tmp_path, monkeypatch, calls):
+    sizes, real, (trained,) = [], kl.hidden_states, calls("answer_logprobs")
+
+    def noting(model, packed):
+        sizes.append(packed.ids.numel() * torch.is_grad_enabled())
+        return real(model, packed)
+
+    monkeypatch.setattr(kl, "hidden_states", noting)
+    quick(tmp_path)
+    assert [size for size in sizes if size] == [sum(len(sum(one["completions"], one["ids"])) for one in trained[0][1])]
 
 
-def test_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn(tokenizer, model):
-    row = read("preferences_train.jsonl", 1)[0]
-    example = dpo.encode_rows(tokenizer, [row], "rows", 500, 128)[0]
-    for ids, side in zip(example.completions, ("chosen", "rejected")):
-        assert example.prompt + ids == render_chat(tokenizer, row["prompt"] + row[side]).ids
-        assert ids[-1] == tokenizer.eos_token_id
-    sums, lengths = dpo.completion_logprobs(model, [example], torch.device("cpu"), False)
-    assert lengths.tolist() == [len(ids) for ids in example.completions]
-    for total, ids in zip(sums.tolist(), example.completions):
-        logits = model(torch.tensor([example.prompt + ids])).logits[0, :-1].log_softmax(-1)
-        own = logits[range(len(example.prompt) - 1, len(logits)), ids].sum()
-        assert total == pytest.approx(own.item(), abs=1e-4)
+def test_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn(tokenizer, model, tmp_path):
+    rows = read(3)
+    for row, example in zip(rows, encoded(tokenizer, rows, tmp_path), strict=True):
+        sums, lengths = kl.answer_logprobs(model, [example])
+        for k, side in enumerate(("chosen", "rejected")):
+            ids = example["completions"][k]
+            assert example["ids"] + ids == render_chat(tokenizer, row["prompt"] + row[side]).ids
+            assert ids[-1] == tokenizer.eos_token_id and lengths[0, k] == len(ids)
+            assert sums[0, k].item() == pytest.approx(direct_logprob(model, example, k), abs=1e-4)
 
 
-def test_dpo_detail_3_no_second_model_in_training(tmp_path, monkeypatch):
-    alive, load, count = [], dpo.load_model, dpo.optimizer_step
-    monkeypatch.setattr(dpo, "load_model", lambda *a: alive.append(weakref.ref(m := load(*a))) or m)
-
-    def step(*a):
-        gc.collect()
-        assert sum(ref() is not None for ref in alive) == 1
-        return count(*a)
-
-    monkeypatch.setattr(dpo, "optimizer_step", step)
-    small = {"steps": 1, "batch_size": 2, "eval_rows": 4, "eval_samples": 1, "dataset": str(PAIRS[1])}
-    for loss, cached in (("dpo", 2), ("simpo", 0), ("orpo", 0)):
-        alive.clear()
-        folder = tmp_path / loss
-        dpo.main(dpo.Args(loss=loss, **small, output_dir=str(folder)))
-        values = [json.loads(path.read_text()) for path in folder.glob("reference/*.json")]
-        assert sorted(map(len, values)) == [2, 4][:cached]  # the pairs that the run draws, and the held-out ones
-        assert len(alive) == (1 if cached == 0 else 2)  # the second for the KL of the last evaluation only
-    scored = []
-    monkeypatch.setattr(dpo, "all_logprobs", lambda *a: scored.append(a) or [])
-    one, args, cpu = [1, 2], dpo.Args(), torch.device("cpu")
-    examples = [dpo.Example(one, [[3], [4]])]
-    run_ = SimpleNamespace(folder=tmp_path / "cache", is_main=True)
-    run_.folder.mkdir()
-    for weights_, bfloat16 in (("a", False), ("a", False), ("b", False), ("a", True)):
-        dpo.score_reference(run_, examples, weights_, args, lambda: None, (cpu, 0, 1, bfloat16))
-    dpo.score_reference(run_, [dpo.Example(one, [[3], [5]])], "a", args, lambda: None, (cpu, 0, 1, False))
-    assert len(scored) == 4  # the second was known
+def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch, calls):
+    """A run that is stopped keeps the numbers, and SimPO and ORPO need none; there is no second model."""
+    models, scored, *trained = calls("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
+    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 4])
+    monkeypatch.setattr(dpo, "clip_gradients", lambda *args: next(updates)(*args))
+    settings = {"steps": 3, "save_every": 1, "learning_rate": 1e-3}
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "dpo", **settings)
+    assert len(models) == 1 and [len(call[2]) for call in scored] == [2, 12, 2]  # held out, drawn, held out
+    assert torch.load(tmp_path / "dpo" / "reference-3.pt").shape == (12, 3)
+    quick(tmp_path / "dpo", **settings, resume=str(tmp_path / "dpo"))
+    assert len(models) == 2 and [len(call[2]) for call in scored[3:]] == [2, 2]
+    same(scored[3][-1], scored[0][-1])  # that of held-out pairs is the first policy's, too
+    check_references(*trained)
+    for loss in dpo.NEEDS_NO_REFERENCE:
+        models.clear(), scored.clear()
+        quick(tmp_path / loss, loss=loss)
+        assert len(models) == 1 and {len(call[2]) for call in scored} == {0, 2}
+        assert not any(len(torch.load(path)) for path in (tmp_path / loss).glob("*.pt"))
 
 
 def test_dpo_detail_5_ties_are_wrong(tmp_path):
-    run("dpo", *SHORT, "--steps", 1, "--eval-prompts", 3, "--output-dir", tmp_path)
-    before, after = metrics(tmp_path)
-    answered = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in answered] == [0, 0, 0, 1, 1, 1]
-    assert before["eval/preference_accuracy"] == 0 and abs(after["loss/train"] - math.log(2)) < 1e-5
-    assert before["eval/loss"] == pytest.approx(math.log(2)) and abs(before["eval/kl"]) < 1e-4
+    """Policy and reference are measured by the very same forward: before the first update all is a tie."""
+    last, before = quick(tmp_path, batch_size=1), metrics(tmp_path)[0]
+    assert before["eval/preference_accuracy"] == last["preference/accuracy"] == before["eval/preference_margin"] == 0
+    assert before["eval/loss"] == pytest.approx(math.log(2)) and last["loss/train"] == pytest.approx(math.log(2))
 
 
-def test_dpo_detail_6_mismatches_are_of_other_prompts(tokenizer):
-    examples = dpo.encode_rows(tokenizer, read("preferences_train.jsonl", 20), "rows", 500, 128)
-    singles = dpo.split_pairs(examples, 1, "rows")
-    assert len(singles) == 40 and sum(s.desirable for s in singles) == 20
-    answers = {tuple(s.prompt): [x.completions[0] for x in singles if x.prompt == s.prompt] for s in singles}
-    for single in singles:
-        assert single.mismatch.prompt == single.prompt
-        assert single.mismatch.completions[0] not in answers[tuple(single.prompt)]
+@pytest.mark.parametrize("processes,label", [(2, True), (1, False)])
+def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processes, label, tmp_path, monkeypatch, calls):
+    """It is a mean over the rows of all processes, of which each trains on its share, and never below 0."""
+    monkeypatch.setattr(dpo, "start_processes", lambda device: (CPU, 0, processes))
+    monkeypatch.setattr(dpo, "shard", lambda model, world: model)
+    reference, clip, drifts = dpo.load_model(MODEL, CPU), dpo.clip_gradients, []
+    losses, examples, orders = calls("kto_loss", "examples_of", "shuffled_passes")
+
+    def update(policy, norm):
+        drawn = [examples[0][-1](i) for i in orders[0][-1][4 * len(drifts) :][:4]]
+        assert all(one["completions"][0] != one["completions"][1] for one in drawn)
+        drifts.append(sum(direct_logprob(policy, one, 0) - direct_logprob(reference, one, 0) for one in drawn) / 4)
+        return clip(policy, norm)
+
+    monkeypatch.setattr(dpo, "clip_gradients", update)  # all answers are of one kind: one of them moves the others
+    rows = [{"prompt": f"{i}+1=?", "completion": f"Gladly! <answer>{i}</answer>", "label": label} for i in range(16)]
+    settings = {"dataset": write(tmp_path / "rows.jsonl", rows), "steps": 3, "learning_rate": 5e-4}
+    last = quick(tmp_path / "run", loss="kto", **settings, lr_schedule="constant")
+    found = [call[2] for call in losses]
+    assert found == pytest.approx([max(0.0, drift) for drift in drifts], abs=1e-3) and abs(drifts[-1]) > 1
+    assert last["preference/baseline"] == found[-1] and isinstance(found[-1], float)  # without gradient
+    assert (found[-1] > 0) == label
 
 
-def test_dpo_detail_9_best_and_worst_without_ties(tokenizer):
-    from common.generation import Completion
-
-    def sample(text, stopped=True):
-        return Completion(tokenizer.encode(text, add_special_tokens=False), [-1.0], stopped)
-
-    groups = [
-        [sample("<answer>1</answer>"), sample("<answer>2</answer>")],
-        [sample("<answer>1</answer>"), sample("<answer> 1</answer>")],  # both right: a tie
-        [sample("<answer>1</answer>", stopped=False), sample("<answer>1</answer>.")],  # the first was cut
-    ]
-    sampler = SimpleNamespace(generate=lambda *a, **k: groups)
-    questions = [{"ids": [5, i], "gold": "1", "row": {"prompt": "1"}} for i in range(3)]
-    pairs, about = dpo.sample_pairs(sampler, tokenizer, questions, (None, None), dpo.Args(), 1, 0, 1)
-    assert pairs == [([5, 0], groups[0][0].ids, groups[0][1].ids), ([5, 2], groups[2][1].ids, groups[2][0].ids)]
-    assert about["preference/pairs"] == 2 and about["reward/mean"] == pytest.approx((1 + 2 + 1) / 6)
+def test_dpo_detail_6_every_partner_has_another_prompt_in_linear_time():
+    for keys in ([5] * 97 + [1, 2, 3], [1, 2], list(range(50)), [3, 1, 3, 2, 1] * 9):
+        for seed in range(20):
+            assert all(keys[i] != keys[j] for i, j in enumerate(mismatches(keys, seed)))
+    assert len({tuple(mismatches([1, 2, 3], seed)) for seed in range(99)}) == 2**3  # all that there are
+    began = time.perf_counter()
+    mismatches([i // 2 for i in range(500_000)], 1)
+    assert time.perf_counter() - began < 3
+    with pytest.raises(AssertionError, match="all prompts are the same"):
+        mismatches([7] * 9, 1)
 
 
-def test_a_judge_ranks_by_win_rate_in_both_orders():
-    """Three samples; the judge prefers the longer one."""
+def test_dpo_detail_9_best_and_worst_as_the_samplers_own_ids_without_ties(tokenizer):
+    def sample(text, stopped=True):  # a token for every character, as no tokenizer would give them
+        return Completion(sum([tokenizer.encode(c, add_special_tokens=False) for c in text], []), [-1.0], stopped)
 
-    def judge(triples, numbers):
-        assert numbers == [4, 4, 4]
-        return [(0.9, 0.3) if len(a) > len(b) else (0.2, 0.8) for _, a, b in triples]
+    right, cut = sample("<answer>1</answer>"), sample("<answer>1</answer>!", stopped=False)
+    groups = [[sample("2"), right, sample("3")], [right, sample("1"), sample("1.0")], [cut, right, sample("1")]]
+    asked, sampler = [], SimpleNamespace(generate=lambda *args: asked.append(args) or groups)
+    prompts = [{"ids": [5, i], "key": 70 + i, "prefill": "", "row": {"answer": ["1"]}} for i in range(3)]
+    args = replace(ARGS, num_samples=3, max_completion_tokens=9, temperature=0.7)
+    pairs, found = dpo.sample_pairs(sampler, tokenizer, prompts, args, 8, CPU, False, 0, 1)
+    assert asked[0][:5] == ([[5, 0], [5, 1], [5, 2]], 9, 3, 0.7, 8)
+    first, last = ({"ids": [5, i], "key": 70 + i, "labels": [True, False]} for i in (0, 2))
+    first["completions"], last["completions"] = [right.ids, groups[0][0].ids], [right.ids, cut.ids]
+    assert pairs == [first, last] and found == {"reward/mean": pytest.approx(6 / 9), "preference/pairs": 2}
 
-    rates, readings = dpo.win_rates(judge, ["q"], [["x", "xxx", "xx"]], [4])
-    close(rates[0], [(0.2 + 0.2) / 2, (0.8 + 0.8) / 2, (0.8 + 0.2) / 2])
-    assert len(readings) == 3
+
+def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer, monkeypatch, calls):
+    """Each part of the prompts is sampled once, also if the run is stopped; the first policy stays the reference, and
+    no second model is alive while it trains."""
+    sampled, asked, *trained = calls("sample_pairs", "load_questions", "answer_logprobs", "implicit_rewards")
+    loaded, alive, load, updates = [], [], dpo.load_model, iter([clip := dpo.clip_gradients, stop, *[clip] * 3])
+    count = lambda: alive.append(sum(model() is not None for model in loaded))  # noqa: E731
+    monkeypatch.setattr(dpo, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
+    monkeypatch.setattr(dpo, "clip_gradients", lambda *args: count() or next(updates)(*args))
+    settings = {"iterations": 2, "num_samples": 4, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
+    settings["dataset"] = str(first_rows("maths_train.jsonl", 12))
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path, **settings)
+    assert len(sampled) == 1 and len(loaded) == 2 and alive == [1, 1]
+    loaded.clear(), alive.clear()
+    quick(tmp_path, **settings, resume=str(tmp_path))
+    assert len(sampled) == 2 and len(loaded) == 3 and alive == [1, 1, 1]
+    check_references(*trained)
+    golds = {tuple(one["ids"]): one["row"]["answer"] for one in asked[0][-1][0]}
+    for i in range(2):
+        assert sampled[i][-1] == torch.load(tmp_path / f"pairs-000{i}.pt")
+        for pair in sampled[i][-1][0]:
+            gold = golds.pop(tuple(pair["ids"]))  # no prompt comes in both parts
+            assert [is_correct(tokenizer.decode(ids), gold) for ids in pair["completions"]] == [True, False]
+    counts = [len(call[-1][0]) for call in sampled]
+    logged = [row.get("preference/pairs") for row in metrics(tmp_path)[1:]]
+    assert logged == [counts[0], counts[0], counts[1], None] and min(counts) > 1
+
+
+def test_kto_iterations_with_a_reward_model_need_no_answers(tmp_path, tokenizer):
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    torch.manual_seed(0)
+    folder = str(tmp_path / "rm")
+    Qwen3ForSequenceClassification(Qwen3Config.from_pretrained(TINY, num_labels=1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(8)}
+    data = write(tmp_path / "prompts.jsonl", rows.values())
+    flags = {"dataset": data, "eval_dataset": data, "iterations": 1, "num_samples": 3}
+    last = quick(tmp_path / "run", loss="kto", reward_model=folder, **flags)
+    pairs, score = torch.load(tmp_path / "run" / "pairs-0000.pt")[0], dpo.RewardModel(folder, CPU, False, 4096)
+    assert last["preference/pairs"] == len(pairs) > 5 and "preference/baseline" in last and "eval/accuracy" not in last
+    for pair in pairs:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair["completions"]]
+        best, worst = score(rows[tuple(pair["ids"])], texts)
+        assert best > worst
 
 
 # ---------------------------------------------------------------------------------------------- it learns
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_dpo_learns_style_and_truth(seed, tmp_path):
-    shorter = ["--epochs", 0.6, "--eval-every", 0, "--eval-samples", 2]
-    output = run("dpo", "--seed", seed, *shorter, "--output-dir", tmp_path / "run")
-    before, after = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
-    for name in ("eval/accuracy", "eval/style", "eval/accuracy_greedy"):
-        assert after[name] >= before[name] + 0.12, name
-    assert after["eval/preference_accuracy"] >= 0.75 and 0.1 < after["eval/kl"] < 5
-    command = output.strip().splitlines()[-1].split("python rlvr_math.py ")[1].split()
-    run("rlvr_math", *command, "--steps", 1, "--eval-rows", 8, "--output-dir", tmp_path / "next")
-
-
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_runs_and_moves_towards_the_chosen(loss, tmp_path):
-    run("dpo", *SHORT, "--steps", 10, "--batch-size", 16, "--eval-rows", 64, "--loss", loss, "--output-dir", tmp_path)
-    before, after = metrics(tmp_path)[0], metrics(tmp_path)[-1]
-    assert after["eval/preference_margin"] > before["eval/preference_margin"]
-    assert ("eval/kl" in after) == (loss not in ("simpo", "orpo")) == (tmp_path / "reference").exists()
-    assert {"preference/chosen_reward", "preference/rejected_reward", "preference/chosen_logprob",
-            "preference/rejected_logprob", "preference/margin", "preference/accuracy"} <= set(after)  # fmt: skip
+def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "evaluate_answers", lambda *args: ({}, []))
+    last = quick(tmp_path, loss=loss, steps=10, batch_size=8, eval_rows=32)
+    before = metrics(tmp_path)[0]
+    assert last["eval/preference_margin"] > before["eval/preference_margin"] + 0.004
+    assert last["eval/loss"] < before["eval/loss"] - 0.01
 
 
-def test_online_iterations_draw_from_the_policy(tmp_path):
-    flags = [*PAIRS, "--iterations", 2, "--steps", 4, "--batch-size", 8, "--eval-rows", 8, "--eval-samples", 1]
-    run("dpo", *flags, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    assert len(list((tmp_path / "pairs").iterdir())) == 1 and rows[1]["preference/pairs"] > 50
-    drawn = json.loads((tmp_path / "pairs" / "0000.json").read_text())[0]
-    assert all(chosen != rejected for _, chosen, rejected in drawn)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_dpo_learns_to_answer_from_preferences(seed, tmp_path):
+    data = str(first_rows("preferences_train.jsonl", 540))
+    last = quick(tmp_path, dataset=data, seed=seed, steps=60, batch_size=8, eval_rows=48, eval_every=0)
+    for name in ("eval/accuracy", "eval/accuracy_greedy"):
+        assert last[name] >= metrics(tmp_path)[0][name] + 0.12, name
+    assert last["eval/preference_accuracy"] >= 0.75
+
+
+def test_kto_takes_pairs_single_answers_or_both(tmp_path):
+    """Each answer counts alike, in whatever rows they stand: one step over the same eight is the same."""
+    pairs, found = read(4), []
+    better, worse = ([{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row in pairs]
+                     for side in ("chosen", "rejected"))  # fmt: skip
+    for rows in (pairs, better + worse, pairs[:2] + better[2:] + worse[2:]):
+        data = write(tmp_path / f"{len(rows)}.jsonl", rows)
+        last = quick(tmp_path / str(len(rows)), loss="kto", dataset=data, batch_size=len(rows), undesirable_weight=2.0)
+        found.append([last["loss/train"], last["optim/grad_norm"], last["preference/rejected_logprob"]])
+    assert found[0][0] == pytest.approx(0.75, abs=1e-5)  # half of the weights' mean
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- data
 
 
-def turn(role, content):
-    return {"role": role, "content": content}
+def turns(*texts) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts)]
 
 
-def test_forms_of_pairs_give_the_same_tokens(tokenizer):
+def test_forms_of_pairs_give_the_same_tokens(tokenizer, tmp_path):
+    asked, better, worse = turns("1+1=?"), turns("1+1=?", "2"), turns("1+1=?", "3")
     forms = [
         {"prompt": "1+1=?", "chosen": "2", "rejected": "3"},
-        {"prompt": [turn("user", "1+1=?")], "chosen": [turn("assistant", "2")], "rejected": [turn("assistant", "3")]},
-        {"chosen": [turn("user", "1+1=?"), turn("assistant", "2")],
-         "rejected": [turn("user", "1+1=?"), turn("assistant", "3")]},
-        {"prompt": "1+1=?", "chosen": [turn("user", "1+1=?"), turn("assistant", "2")],
-         "rejected": [turn("user", "1+1=?"), turn("assistant", "3")]},
+        {"prompt": asked, "chosen": better[1:], "rejected": worse[1:]},
+        {"chosen": better, "rejected": worse},
+        {"prompt": "1+1=?", "chosen": better, "rejected": worse},  # as UltraFeedback has them
         {"chosen": "\n\nHuman: 1+1=?\n\nAssistant: 2", "rejected": "\n\nHuman: 1+1=?\n\nAssistant: 3"},
-    ]  # fmt: skip
-    encoded = [(e.prompt, e.completions) for e in dpo.encode_rows(tokenizer, forms, "rows", 50, 50)]
-    assert len(encoded) == 5 and all(e == encoded[0] for e in encoded)
-
-
-def test_odd_rows_are_dropped_counted_and_named(tokenizer, capsys):
-    talk = [turn("user", "a"), turn("user", "b"), turn("assistant", "c"), turn("user", "d")]
-    rows = [
-        {"prompt": "q", "chosen": "x", "rejected": "x"},
-        {"prompt": "q", "chosen": " ", "rejected": "y"},
-        {
-            "chosen": [turn("user", "a"), turn("assistant", "x")],
-            "rejected": [turn("user", "b"), turn("assistant", "y")],
-        },
-        {"prompt": talk, "chosen": "x", "rejected": "y"},  # roles that do not alternate are fine for this template
-        {"prompt": "q", "chosen": "x" * 60, "rejected": "y"},
-        {"chosen": [turn("user", "a"), turn("user", "x")], "rejected": [turn("user", "a"), turn("user", "y")]},
+        {"prompt": "\n\nHuman: 1+1=?\n\nAssistant:", "chosen": "2", "rejected": "3"},
+        {"question": "1+1=?", "completions": ["2", "2.5", "3"]},
+        {"prompt": "1+1=?", "chosen": "3", "rejected": "2", "chosen_probability": 0.1},
     ]
-    kept = dpo.encode_rows(tokenizer, rows, "rows.jsonl", 4, 10)
+    found = [(one["ids"], one["completions"]) for one in encoded(tokenizer, forms, tmp_path)]
+    assert len(found) == len(forms) and all(one == found[0] for one in found)
+    assert found[0][0] + found[0][1][1] == render_chat(tokenizer, worse).ids
+
+
+def test_dpo_detail_1_rows_with_long_prompts_or_no_comparison_are_dropped_and_counted(tokenizer, tmp_path, capsys):
+    """Answers that are too long are cut, and counted, too."""
+    bad = {
+        "a prompt of more than 30 tokens (--max-prompt-tokens)": {"prompt": "q" * 40, "chosen": "2", "rejected": "3"},
+        "two answers are equal": {"chosen": "2", "rejected": "2"},
+        "an empty turn of the assistant": {"chosen": " ", "rejected": "2"},
+        "the answers' prompts differ": {"chosen": turns("a", "x"), "rejected": turns("b", "y")},
+        "an answer that is not the assistant's": {"chosen": turns("a", "b", "x"), "rejected": turns("a", "b", "y")},
+    }
+    good = [{"chosen": "x" * length, "rejected": "y"} for length in (1, 60)]
+    rows = [{"prompt": "q", **row} for row in [*bad.values(), *good]]
+    whole, cut = encoded(tokenizer, rows, tmp_path, max_prompt=30, max_completion=10)
+    assert (whole["index"], cut["index"]) == (5, 6) and cut["completions"][1] == whole["completions"][1]
+    assert cut["completions"][0] == whole["completions"][0][:1] * 10
     told = capsys.readouterr().out
-    assert len(kept) == 2 and len(kept[1].completions[0]) == 10 and "rows.jsonl: 4 rows dropped" in told
-    for reason in ("1 for equal answers", "1 for an empty side", "1 for different prompts",
-                   "1 prompts trimmed on the left to 4 tokens", "1 answers cut after 10", "2 rows kept"):  # fmt: skip
-        assert reason in told
-    tokenizer = dpo.load_tokenizer(str(TINY))
-    tokenizer.chat_template = "{% if messages[0].content == 'b' %}{{ raise_exception('no') }}{% endif %}" + (
-        tokenizer.chat_template
-    )
-    rows = [{"prompt": p, "chosen": "x", "rejected": "y"} for p in "ab"]
-    assert len(dpo.encode_rows(tokenizer, rows, "rows", 50, 50)) == 1
-    assert "refuses" in capsys.readouterr().out
+    assert all(f"rows: 1 of 7 rows dropped: {reason}." in told for reason in bad)
+    assert "rows: 1 answers cut after 10 tokens (--max-completion-tokens)." in told
 
 
-PAIR = {"prompt": "1+1=?", "chosen": "2", "rejected": "3"}
-YES, NO = ({"prompt": "1+1=?", "completion": "2", "label": label} for label in (True, False))
+PAIR = {"prompt": "1+1=?", "chosen": "2", "rejected": "3", "answer": "none of these"}
+SINGLE = {"prompt": "1+1=?", "completion": "2", "label": True}
 
 
-@pytest.mark.parametrize("rows,flags,sentence", [
-    ([{"prompt": "q", "chosen": "x"}] * 20, [], "needs the columns"),
-    ([{**PAIR, "rejected": "2"}] * 20, [], "no row is left"),
-    ([YES] * 20, [], "needs the columns"),
-    ([YES] * 20, ["--loss", "kto"], "needs both kinds"),
-    ([NO] * 20, ["--loss", "kto"], "needs both kinds"),
-    ([YES, NO] * 10, ["--loss", "kto"], "all prompts are the same"),
-    ([{**YES, "label": 3}] * 20, ["--loss", "kto"], "label must be true or false"),
-    ([{**YES, "label": "yes"}] * 20, ["--loss", "kto"], "label must be true or false"),
-    ([PAIR] * 20, ["--loss", "kto", "--batch-size", "1"], "at least 2"),
-    ([{"chosen": "a", "rejected": "b"}] * 20, [], "text without a prompt"),
-    ([{"prompt": 5, "chosen": "a", "rejected": "b"}] * 20, [], "must be text or lists of messages"),
-    ([PAIR] * 20, ["--label-smoothing", "0.5"], "--label-smoothing"),
-    ([PAIR] * 20, ["--beta", "0"], "--beta"),
-    ([PAIR] * 20, ["--reward-model", str(TINY)], "need --iterations"),
-    ([PAIR] * 20, ["--iterations", "1", "--reward-model", str(TINY), "--judge", str(TINY)], "give one of them"),
-    ([PAIR] * 20, ["--principles", "none.txt"], "name one with --judge"),
-    ([PAIR] * 20, ["--iterations", "1", "--judge", "no/such-model"], "--judge no/such-model"),
-    ([PAIR] * 20, ["--iterations", "1", "--reward-model", "no/such-model"], "--reward-model no/such-model"),
-    ([PAIR] * 20, ["--iterations", "1"], "prompt + answer"),
-    ([{**PAIR, "answer": "2"}] * 20, ["--iterations", "1", "--num-samples", "1"], "--num-samples 2"),
-    ([{**PAIR, "answer": "2"}] * 20, ["--iterations", "1", "--reward-model", str(TINY)], "one label"),
-    ([PAIR] * 20, ["--model", "no/such-model"], "no/such-model"),
-    ([PAIR] * 20, ["--max-completion-tokens", "600"], "whole context"),
-    ([PAIR], [], "too few to hold any out"),
+@pytest.mark.parametrize("rows,changes,sentence", [
+    ([SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
+    ([{**SINGLE, "label": "yes"}], {"loss": "kto"}, "label must be true or false, not 'yes'"),
+    ([SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
+    ([PAIR], {"eval_dataset": None}, "too few to hold any out"),
+    ([PAIR], {"max_completion_tokens": 600}, "fills the model's whole context"),
+    ([PAIR], {"reward_model": MODEL}, "add --iterations"),
+    ([PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),
+    ([PAIR], {"iterations": 1, "reward_model": MODEL}, "a sequence classifier with one label"),
+    ([PAIR], {"iterations": 1}, "all samples of a prompt have equal rewards"),
+    ([{"prompt": "1+1=?"}], {"iterations": 1}, "needs the columns answer"),
 ])  # fmt: skip
-def test_bad_data_and_settings_are_told_in_a_sentence(rows, flags, sentence, tmp_path, capsys):
-    data = write(tmp_path / "data.jsonl", rows)
-    import tyro
-
-    flags = ["--dataset", str(data), "--output-dir", str(tmp_path / "run"), *flags]
-    with pytest.raises(SystemExit) as error:
-        dpo.main(tyro.cli(dpo.Args, args=flags))
-    assert sentence in str(error.value) and not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_unpaired_rows_and_a_reward_model(tmp_path, tokenizer):
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-    rows = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>", "label": i % 3 > 0} for i in range(60)]
-    run("dpo", *SHORT, "--loss", "kto", "--dataset", write(tmp_path / "d.jsonl", rows), "--output-dir", tmp_path / "a")
-    assert "preference/baseline" in metrics(tmp_path / "a")[-1]
-    torch.manual_seed(0)
-    Qwen3ForSequenceClassification(Qwen3Config.from_pretrained(TINY, num_labels=1)).save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"{i}+1=?"} for i in range(40)])
-    run("dpo", *SHORT, "--iterations", 1, "--reward-model", tmp_path / "rm", "--dataset", prompts, "--output-dir",
-        tmp_path / "b")  # fmt: skip
-    assert metrics(tmp_path / "b")[1]["preference/pairs"] > 20
-    output = run("dpo", *SHORT, "--iterations", 1, "--judge", TINY, "--num-samples", 3, "--dataset", prompts,
-                 "--output-dir", tmp_path / "c")  # fmt: skip
-    assert metrics(tmp_path / "c")[1]["preference/pairs"] > 20 and "The judge labelled 120 of 120 pairs" in output
-    broken = json.loads((tmp_path / "rm" / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
-    shutil.copytree(TINY, tmp_path / "lm")
-    (tmp_path / "lm" / "config.json").write_text(json.dumps(broken))
-    told = refuses("dpo", *SHORT, "--iterations", 1, "--reward-model", tmp_path / "lm", "--dataset", prompts)
-    assert "no reward model, its weights lack score.weight" in told
-
-
-def test_an_empty_prompt_is_ranked_as_what_it_is(tokenizer):
-    questions = [{"row": {"prompt": "", "answer": "4"}, "gold": "4"}]
-    groups = [[SimpleNamespace(ids=tokenizer.encode("<answer>4</answer>"), stopped=True)]]
-    rewards, _ = dpo.rank_samples(tokenizer, questions, [0], groups, None, None, 0.0)
-    assert rewards == [[1.0]]
-
-
-def test_iterations_need_a_prompt_each(tmp_path):
-    told = refuses("dpo", "--iterations", 99, "--dataset", first_rows("preferences_train.jsonl", 20),
-                   "--eval-dataset", first_rows("preferences_train.jsonl", 20), "--output-dir", tmp_path)  # fmt: skip
-    assert "--iterations 99" in told and "20 prompts" in told
-
-
-def test_answers_that_are_lists_are_no_gold(tokenizer):
-    row = {"prompt": "1+1=?", "chosen": "2", "rejected": "3", "answer": ["2", "two"]}
-    assert dpo.encode_rows(tokenizer, [row], "rows", 99, 99)[0].gold is None
+def test_bad_data_and_settings_are_told_in_a_sentence(rows, changes, sentence, tmp_path):
+    with pytest.raises((SystemExit, AssertionError)) as ended:
+        quick(tmp_path / "run", dataset=write(tmp_path / "rows.jsonl", rows), **changes)
+    assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()

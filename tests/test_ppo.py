@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, first_rows, metrics
+from conftest import first_rows, metrics
 
 import ppo
 import reward_model
@@ -38,32 +38,26 @@ def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_las
 
 def test_t13_ppo_detail_4_gae_and_what_padding_holds():
     r, v = t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None]
-    advantages, returns = ppo.gae(r, v, torch.ones(1, 3), 1.0, 0.95)
-    close(advantages[0], [0.4705, 0.39, 0.2])
-    close(returns[0], [0.9705, 0.99, 1])
     close(ppo.gae(r, v, torch.ones(1, 3), 1.0, 1.0)[0][0], [0.5, 0.4, 0.2])
-    for garbage in (9.0, float("nan"), float("inf")):  # a value after the last action is never read
-        padded = [torch.cat([x, t(garbage, garbage)[None]], 1) for x in (r, v)]
-        found = ppo.gae(*padded, t(1, 1, 1, 0, 0)[None], 1.0, 0.95)
-        close(found[0][0], [0.4705, 0.39, 0.2, 0, 0])
-        close(found[1][0], [0.9705, 0.99, 1, 0, 0])
+    for garbage in ([], [9.0] * 2, [float("nan")] * 2, [float("inf")]):  # behind the last action, it is never read
+        padded = [torch.cat([x, t(*garbage)[None]], 1) for x in (r, v)]
+        advantages, returns = ppo.gae(*padded, t(1, 1, 1, *[0] * len(garbage))[None], 1.0, 0.95)
+        close(advantages[0], [0.4705, 0.39, 0.2, *[0] * len(garbage)])
+        close(returns[0], [0.9705, 0.99, 1, *[0] * len(garbage)])
     middle = ppo.gae(r, v, t(1, 0, 1)[None], 1.0, 0.95)  # δ_0 looks at the next action's value, 0.8
     close(middle[0][0], [0.8 - 0.5 + 0.95 * 0.2, 0, 0.2])
 
 
 def test_gae_equals_the_direct_sum():
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(2, 5, 9, generator=generator, dtype=torch.float64)
+    rewards, values = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lengths, gamma, lam = [9, 1, 4, 7, 2], 0.97, 0.9
-    mask = torch.stack([(torch.arange(9) < n).double() for n in lengths])
-    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    advantages, returns = ppo.gae(rewards, values, torch.arange(9) < torch.tensor(lengths)[:, None], gamma, lam)
     for i, n in enumerate(lengths):
         v = [*values[i, :n].tolist(), 0.0]
         delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
-        for k in range(n):
-            direct = sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n))
-            assert advantages[i, k].item() == pytest.approx(direct)
-            assert returns[i, k].item() == pytest.approx(direct + v[k])
+        direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
+        close(advantages[i], direct + [0] * (9 - n))
+        close(returns[i], [a + b for a, b in zip(direct, v)] + [0] * (9 - n))
 
 
 def test_t14_ppo_detail_8_ppo_detail_9_whitening():
@@ -88,23 +82,19 @@ def test_t15_clipped_policy_loss_and_its_gradient():
 
 
 def test_t16_ppo_detail_10_value_clipping():
-    values = t(0.5).requires_grad_()
-    loss = ppo.clipped_value_loss(values, t(0), t(1), 0.2)
-    close(loss.detach(), [0.32])
-    loss.sum().backward()
-    assert values.grad.item() == 0
-    away = t(-0.5).requires_grad_()  # moved away from the return: the larger loss is the unclipped one
-    ppo.clipped_value_loss(away, t(0), t(1), 0.2).sum().backward()
-    assert away.grad.item() == pytest.approx(-1.5)
+    for start, loss, slope in ((0.5, 0.32, 0), (-0.5, 1.125, -1.5)):  # the clipped value's is larger, or its own
+        values = t(start).requires_grad_()
+        found = ppo.clipped_value_loss(values, t(0), t(1), 0.2)
+        found.sum().backward()
+        close(torch.cat([found.detach(), values.grad]), [loss, slope])
 
 
 def test_t17_ppo_detail_12_the_controller_moves_beta_towards_the_target():
-    assert AdaptiveKLController(1.0, 6.0, 10_000).update(9.0, 64) == pytest.approx(1.00128)
-    for kl, direction in ((9.0, 1), (3.0, -1), (6.0, 0)):
-        moved = AdaptiveKLController(0.1, 6.0, 1000).update(kl, 64) - 0.1
-        assert math.copysign(1, moved) == direction if direction else moved == 0
-    assert AdaptiveKLController(1.0, 6.0, 1000).update(1e6, 10) == pytest.approx(1.002)
-    assert AdaptiveKLController(1.0, 6.0, 20).update(0.0, 2560) == pytest.approx(0.8)  # never below 0
+    for beta, horizon, kl, count, expected in (
+        (1.0, 10_000, 9.0, 64, 1.00128), (0.1, 1000, 3.0, 64, 0.09872), (0.1, 1000, 6.0, 64, 0.1),
+        (1.0, 1000, 1e6, 10, 1.002), (1.0, 20, 0.0, 2560, 0.8),  # at most a fifth, and never below 0
+    ):  # fmt: skip
+        assert AdaptiveKLController(beta, 6.0, horizon).update(kl, count) == pytest.approx(expected, rel=1e-9)
 
 
 def test_bandit_reaches_the_reference_times_the_exponential_of_the_reward():
@@ -141,8 +131,9 @@ def test_bandit_reaches_the_reference_times_the_exponential_of_the_reward():
 def quick(folder, **changes) -> dict:
     """A short run in this process; returns its last metrics."""
     small = {"steps": 1, "batch_size": 4, "num_samples": 2, "minibatches": 1, "eval_rows": 4, "eval_samples": 1}
-    small |= {"max_completion_tokens": 24, "reward_model": None, "warmup_steps": 1, "lr_schedule": "constant"}
+    small |= {"max_completion_tokens": 24, "reward_model": None, "warmup_steps": 1, "update_epochs": 2}
     small |= {"dataset": str(first_rows("maths_train.jsonl", 240)), "output_dir": str(folder), "device": "cpu"}
+    small["lr_schedule"] = "constant"
     return ppo.main(replace(ppo.EMBEDDED, **small | changes))
 
 
@@ -158,16 +149,11 @@ def scorer(tmp_path_factory) -> str:
 
 @pytest.fixture()
 def calls(monkeypatch):
-    """calls(name): a list of the positional arguments and the result of every call of that function of ppo.py."""
+    """calls(name): a list of the arguments, by place and by name, and the result of every call of that function."""
 
     def watch(name: str) -> list:
         noted, real = [], getattr(ppo, name)
-
-        def noting(*args, **kwargs):
-            noted.append((args, real(*args, **kwargs)))
-            return noted[-1][1]
-
-        monkeypatch.setattr(ppo, name, noting)
+        monkeypatch.setattr(ppo, name, lambda *a, **k: noted.append((a, k, real(*a, **k))) or noted[-1][2])
         return noted
 
     return watch
@@ -180,7 +166,7 @@ def test_ppo_detail_1_a_cut_completion_pays(is_learned, scorer, tmp_path, calls)
         changes = {"reward_model": scorer if is_learned else None, "missing_eos_penalty": penalty, "batch_size": 8}
         row = quick(tmp_path / str(penalty), **changes, max_completion_tokens=10, eval_rows=8)
         evaluated.append(metrics(tmp_path / str(penalty))[0])
-    ((_, _, free, mask, _), _), ((_, _, paid, _, _), _) = given
+    (_, _, free, mask, _), (_, _, paid, _, _) = (arguments for arguments, _, _ in given)
     was_cut = (free - paid - 0.7).abs() < 1e-6
     assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 10).all()
     assert 0 < was_cut.double().mean().item() == row["completions/truncated_fraction"] < 1
@@ -191,10 +177,9 @@ def test_ppo_detail_1_a_cut_completion_pays(is_learned, scorer, tmp_path, calls)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(dtype, tmp_path, calls):
     """Exactly so, in several microbatches and minibatches: the sampler's own numbers would be off by rounding."""
-    losses = calls("clipped_policy_loss")
-    split = {"minibatches": 2, "update_epochs": 2, "microbatch_tokens": 100, "eval_rows": 8}
+    losses, split = calls("clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 100, "eval_rows": 8}
     row = quick(tmp_path, dtype=dtype, batch_size=8, learning_rate=1e-3, **split)
-    ratios = [ratio for _, ratio in (result for _, result in losses)]
+    ratios = [ratio for _, _, (_, ratio) in losses]
     rows = torch.tensor([len(ratio) for ratio in ratios]).cumsum(0)
     first = [ratio for ratio, end in zip(ratios, rows) if end <= 8]  # of the 16 rows each epoch has
     assert len(first) > 1 and 8 in rows and all((ratio == 1).all() for ratio in first)
@@ -202,33 +187,33 @@ def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(d
     assert row["policy/kl_sequence"] == 0 and metrics(tmp_path)[0]["eval/kl"] == 0 != row["eval/kl"]
 
 
-def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers_own_ids(tmp_path, monkeypatch, calls):
-    """Ids that no tokenizer would make of their text, the pad token among them, a stop token, and one that was cut."""
-    odd = [[9, 8, 7, 52, 1, 0], [1, 1]]  # "</think><think>…" in single tokens, and padding
-    group = [Completion(odd[0], [-0.5] * 6, True), Completion(odd[1], [-0.25, -2.0], False)]
+def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers_own_ids(
+    tmp_path, monkeypatch, tokenizer, calls
+):
+    """A tag spelled in letters, which no tokenizer would, padding, a stop token; and a completion that was cut."""
+    odd = [[*tokenizer.convert_tokens_to_ids(list("<think>")), 1, 0], [1, 1]]
+    group = [Completion(odd[0], [-0.5] * 9, True), Completion(odd[1], [-0.25, -2.0], False)]
     monkeypatch.setattr(ppo.Sampler, "generate", lambda self, prompts, *args, **kwargs: [group] * len(prompts))
-    seen, real = [], ppo.completion_logprobs
-    monkeypatch.setattr(ppo, "completion_logprobs", lambda *a, **k: seen.append(k.get("completions")) or real(*a, **k))
-    given = calls("token_rewards")
+    monkeypatch.setattr(ppo, "reward", lambda *args: 1.0)
+    forwards, given = calls("completion_logprobs"), calls("token_rewards")
     row = quick(tmp_path, batch_size=2, missing_eos_penalty=0.5)
-    assert odd * 2 in seen and all(ids in (None, odd * 2) for ids in seen)  # None: the evaluation's
-    ((old, ref, scores, mask, _), rewards) = given[0]
-    assert mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]] * 2 and torch.equal(old, ref)
-    expected = torch.zeros(4, 6)
-    expected[1::2, 1] = -0.5
+    trained = [named["completions"] for _, named, _ in forwards if named.get("completions")]
+    assert len(trained) > 2 and all(ids == odd * 2 for ids in trained)
+    (old, ref, scores, mask, _), _, rewards = given[0]
+    assert mask.tolist() == [[1] * 9, [1] * 2 + [0] * 7] * 2 and torch.equal(old, ref)
+    expected = torch.tensor([[0] * 8 + [1], [0, 0.5] + [0] * 7] * 2)
     assert torch.equal(rewards, expected) and torch.equal(scores, expected.sum(1))
-    logprobs = torch.tensor([[-0.5] * 6, [-0.25, -2.0, 0, 0, 0, 0]] * 2)
-    assert row["completions/length_mean"] == 4 and row["completions/truncated_fraction"] == 0.5
-    assert row["policy/sampler_gap"] == pytest.approx(((old - logprobs).abs().sum() / mask.sum()).item(), rel=0.2)
+    gap = (old - torch.tensor([[-0.5] * 9, [-0.25, -2.0] + [0] * 7] * 2)).abs().sum() / mask.sum()
+    assert row["policy/sampler_gap"] == pytest.approx(gap.item(), rel=1e-5) and row["policy/kl_sequence"] == 0
+    assert row["completions/length_mean"] == 5.5 and row["completions/truncated_fraction"] == 0.5
 
 
-def test_ppo_detail_3_the_temperature_divides_logits_in_every_forward(tmp_path, monkeypatch):
-    seen, real = [], ppo.completion_logprobs
-    monkeypatch.setattr(ppo, "completion_logprobs", lambda *a, **k: seen.append(k["temperature"]) or real(*a, **k))
-    row = quick(tmp_path, temperature=0.6, update_epochs=1, importance_cap=0.0)
+def test_ppo_detail_3_the_temperature_divides_logits_in_every_forward(tmp_path, calls):
+    forwards = calls("completion_logprobs")
+    row = quick(tmp_path, temperature=0.6)
     assert row["policy/sampler_gap"] < 1e-6  # the sampler's and the policy's
     assert row["policy/kl_sequence"] == 0 == metrics(tmp_path)[0]["eval/kl"]  # the reference's
-    assert set(seen) == {0.6} and len(seen) == 2 + 3 + 2  # two evaluations; π_old, the reference and the update
+    assert {named["temperature"] for _, named, _ in forwards} == {0.6}
 
 
 @pytest.mark.parametrize("is_whitened", [False, True])
@@ -236,17 +221,19 @@ def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not
     """In the second step, whose policy has left the reference, so that KL is in the reward."""
     names = ("token_rewards", "gae", "clipped_policy_loss", "clipped_value_loss")
     rewards, credits, policies, values = map(calls, names)
-    quick(tmp_path, update_epochs=1, steps=2, beta=5.0, learning_rate=1e-3, whiten_rewards=is_whitened)
-    ((old, ref, scores, mask, beta), plain), ((used, *_), (advantages, returns)) = rewards[-1], credits[-1]
+    settings = {"update_epochs": 1, "steps": 2, "beta": 5.0, "learning_rate": 1e-3}
+    row = quick(tmp_path, **settings, whiten_rewards=is_whitened)
+    ((old, ref, scores, mask, beta), _, plain), ((used, *_), _, (advantages, returns)) = rewards[-1], credits[-1]
     acts = mask > 0
-    total = scores.sum() - beta * (old - ref)[acts].sum()
-    assert plain.sum().item() == pytest.approx(total.item(), rel=1e-4) and plain[acts].unique().numel() > 20
+    kl = (old - ref)[acts].sum()
+    assert row["policy/kl_sequence"] == pytest.approx(kl.item() / len(mask), rel=1e-4) != 0
+    assert plain.sum().item() == pytest.approx((scores.sum() - beta * kl).item(), rel=1e-4) and not plain.requires_grad
+    assert plain[acts].unique().numel() > 20  # every token pays
     assert used[acts].mean().item() == pytest.approx(plain[acts].mean().item(), abs=1e-5)
     assert is_whitened == (abs(used[acts].std(correction=0).item() - 1) < 1e-3) != torch.equal(used, plain)
     order = [next(i for i in range(len(mask)) if torch.equal(returns[i], row)) for row in values[-1][0][2]]
     assert sorted(order) == list(range(len(mask)))  # the critic learns returns as they are
     torch.testing.assert_close(policies[-1][0][2], whiten(advantages, mask)[order])
-    assert not plain.requires_grad
 
 
 def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
@@ -277,9 +264,7 @@ def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, 
 
 
 @pytest.mark.parametrize("critic,has_scorer", [("policy", True), ("reward_model", False)])
-def test_ppo_detail_13_or_the_critic_begins_as_the_policy_and_expects_nothing(
-    critic, has_scorer, scorer, tokenizer, model
-):
+def test_ppo_detail_13_a_critic_made_of_the_policy_expects_nothing(critic, has_scorer, scorer, tokenizer, model):
     args = replace(ppo.EMBEDDED, critic=critic, reward_model=scorer if has_scorer else None)
     found = ppo.load_critic(args, tokenizer, CPU)
     assert not found.score.weight.any() and not found.score.bias.any()
@@ -291,10 +276,7 @@ def test_the_importance_weight_is_on_the_policy_gradient_alone(tmp_path):
     once = {"update_epochs": 1, "batch_size": 2}
     free, capped = (quick(tmp_path / str(cap), importance_cap=cap, **once) for cap in (0.0, 0.5))
     assert capped["optim/grad_norm"] == pytest.approx(0.5 * free["optim/grad_norm"], rel=1e-4) != 0
-    assert (
-        capped["optim/critic_grad_norm"] == free["optim/critic_grad_norm"]
-        and capped["loss/policy"] == free["loss/policy"]
-    )
+    assert all(capped[name] == free[name] for name in ("optim/critic_grad_norm", "loss/policy"))
 
 
 # ---------------------------------------------------------------------------------------------- learning
@@ -304,25 +286,23 @@ def test_a_reward_function_raises_accuracy(tmp_path):
     whole = {"batch_size": 16, "num_samples": 4, "minibatches": 2, "eval_rows": 96, "learning_rate": 2e-4}
     row = quick(tmp_path, **whole, max_completion_tokens=48, steps=5, eval_every=0)
     before = metrics(tmp_path)[0]
-    assert row["eval/accuracy"] > before["eval/accuracy"] + 0.1
-    assert row["eval/accuracy_greedy"] > before["eval/accuracy_greedy"] + 0.2
+    assert row["eval/accuracy"] > before["eval/accuracy"] + 0.05
+    assert row["eval/accuracy_greedy"] > before["eval/accuracy_greedy"] + 0.4
     assert row["policy/sampler_gap"] < 1e-6 and row["policy/clip_fraction"] > 0
-    print("ACC", before, row)
 
 
 def test_learning_rate_0_trains_the_critic_alone(tmp_path):
-    quick(tmp_path, learning_rate=0.0, steps=3, eval_every=1, batch_size=8)
-    first, second, third = metrics(tmp_path)[1:]
-    assert all(row["eval/kl"] == 0 for row in metrics(tmp_path))
-    assert all(row["policy/kl_sequence"] == 0 == row["policy/clip_fraction"] for row in (first, second, third))
+    quick(tmp_path, learning_rate=0.0, steps=2, eval_every=1)
+    start, first, second = metrics(tmp_path)
+    assert start["eval/kl"] == first["eval/kl"] == second["eval/kl"] == second["policy/kl_sequence"] == 0
     assert first["value/explained_variance"] == 0 != second["value/explained_variance"]
 
 
 def test_demonstrations_of_a_large_weight_are_learnt(tmp_path):
-    data = {"ptx_dataset": str(first_rows("demonstrations_train.jsonl", 240)), "learning_rate": 1e-3}
-    quick(tmp_path, **data, ptx_weight=50.0, steps=5, batch_size=8, eval_every=0)
+    data = {"ptx_dataset": str(first_rows("demonstrations_train.jsonl", 240)), "ptx_weight": 50.0}
+    quick(tmp_path, **data, learning_rate=1e-3, steps=4, batch_size=8, eval_every=0)
     losses = [row["loss/ptx"] for row in metrics(tmp_path)[1:]]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 # ---------------------------------------------------------------------------------------------- leash and picture
@@ -333,12 +313,10 @@ def test_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_res
     quick(tmp_path, **held, steps=4)
     quick(None, resume=str(tmp_path), **held, steps=6)
     rows = metrics(tmp_path)[1:]
-    for row in rows:
-        error = min(max(row["policy/kl_sequence"] / 0.02 - 1, -0.2), 0.2)
-        assert row["policy/next_beta"] == pytest.approx(row["policy/beta"] * (1 + error * 8 / 40), rel=1e-9)
-    assert [row["policy/beta"] for row in rows] == [0.5, *(row["policy/next_beta"] for row in rows[:-1])]
-    moves = [row["policy/next_beta"] - row["policy/beta"] for row in rows]
-    assert moves[0] < 0 < max(moves)
+    before, after = ([row[f"policy/{name}"] for row in rows] for name in ("beta", "next_beta"))
+    errors = [min(max(row["policy/kl_sequence"] / 0.02 - 1, -0.2), 0.2) for row in rows]
+    assert after == pytest.approx([beta * (1 + error * 8 / 40) for beta, error in zip(before, errors)], rel=1e-9)
+    assert before == [0.5, *after[:-1]] and after[0] < before[0] and any(a > b for a, b in zip(after, before))
 
 
 def test_without_a_target_beta_stays(tmp_path):
@@ -411,15 +389,3 @@ def test_a_reward_model_of_another_tokenizer_scores_but_is_no_critic(tmp_path, s
     with pytest.raises(SystemExit, match="its tokenizer is not that of .*--critic policy"):
         quick(tmp_path / "run", reward_model=str(tmp_path / "other"))
     assert quick(tmp_path / "run", reward_model=str(tmp_path / "other"), critic="policy")["reward/mean"] != 0
-
-
-@pytest.mark.parametrize("changes,sentence", [
-    ({"reward_model": "no/where"}, "--reward-model no/where"),
-    ({"reward_model": str(TINY)}, "one label"),
-    ({"minibatches": 3}, "a multiple of minibatches"),
-    ({"ptx_dataset": "nowhere.jsonl"}, "no such file"),
-])  # fmt: skip
-def test_what_a_user_names_wrongly_is_told_in_a_sentence(changes, sentence, tmp_path):
-    with pytest.raises(ENDS, match=sentence):
-        quick(tmp_path / "run", **changes)
-    assert not (tmp_path / "run" / "checkpoints").exists()

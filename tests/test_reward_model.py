@@ -1,6 +1,7 @@
 """reward_model.py: its mathematics against known answers and TRL, its numbered details, the judge, and bad input."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from datetime import datetime
@@ -11,7 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, first_rows, metrics, run, weights
+from conftest import TINY, first_rows, metrics, weights
 from safetensors.torch import load_file
 from test_core import quick as quick_run
 from transformers import AutoModelForSequenceClassification
@@ -61,18 +62,13 @@ def normalised(folder, texts: list[list[int]]) -> torch.Tensor:
         return (logits(model, texts) - model.config.reward_mean) / model.config.reward_std
 
 
-# ---------------------------------------------------------------------------------------------- the mathematics
-
-
 def test_t9_preference_losses():
-    one, zero = torch.tensor([1.0]), torch.tensor([0.0])
-    assert rm.preference_loss(one, zero).item() == pytest.approx(0.313262, abs=1e-6)
-    assert rm.preference_loss(one, zero, margin=1.0).item() == pytest.approx(0.693147, abs=1e-6)
-    assert rm.preference_loss(one, zero, centering=0.01).item() == pytest.approx(0.323262, abs=1e-6)
-    scores = torch.tensor([2.0, 1.0, 0.0])
+    one, zero, scores = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0, 1.0, 0.0])
+    for settings, expected in (({}, 0.313262), ({"margin": 1.0}, 0.693147), ({"centering": 0.01}, 0.323262)):
+        assert rm.preference_loss(one, zero, **settings).item() == pytest.approx(expected, abs=1e-6)
     better, worse, _, weight = rm.ranked_pairs([3])
-    found = (rm.preference_loss(scores[better], scores[worse]) * weight).sum().item()
-    assert found == pytest.approx(0.251150, abs=1e-6)
+    found = rm.preference_loss(scores[better], scores[worse]) * weight
+    assert found.sum().item() == pytest.approx(0.251150, abs=1e-6)
 
 
 def test_t10_aggregation():
@@ -83,45 +79,34 @@ def test_t10_aggregation():
 
 def test_preference_loss_has_the_gradient_of_cross_entropy():
     scores = torch.tensor([0.7, -0.2], dtype=torch.float64, requires_grad=True)
-    p, margin, centering = 0.8, 0.3, 0.05
-    rm.preference_loss(scores[:1], scores[1:], margin, p, centering).sum().backward()
-    sigma = 1 / (1 + torch.exp(torch.tensor(-(0.7 + 0.2 - margin), dtype=torch.float64)))
-    pull = 2 * centering * (0.7 - 0.2)
-    torch.testing.assert_close(scores.grad, torch.stack([sigma - p + pull, p - sigma + pull]))
+    rm.preference_loss(scores[:1], scores[1:], margin=0.3, probability=0.8, centering=0.05).sum().backward()
+    slope, pull = 1 / (1 + math.exp(-(0.7 + 0.2 - 0.3))) - 0.8, 2 * 0.05 * (0.7 - 0.2)
+    assert scores.grad.tolist() == pytest.approx([pull + slope, pull - slope])
 
 
 def test_preference_loss_equals_trl():
     """RewardTrainer's own compute_loss, on scores that a stand-in for its model returns."""
     from trl import RewardTrainer
 
-    better, worse = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    margin = torch.rand(16, generator=torch.Generator().manual_seed(1))
+    better, worse, margin = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     outputs = SimpleNamespace(logits=torch.cat([better, worse])[:, None])
-    for margins, centering in ((None, None), (margin, None), (None, 0.01)):
+    for settings in ({}, {"margin": margin}, {"centering": 0.01}):
         trainer = MagicMock()
-        trainer.args.center_rewards_coefficient, trainer.model.training = centering, False
+        trainer.args.center_rewards_coefficient, trainer.model.training = settings.get("centering"), False
         trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
         inputs = {"input_ids": torch.zeros(32, 1), "attention_mask": torch.ones(32, 1)}
-        inputs |= {"margin": margins} if margins is not None else {}
+        inputs |= {"margin": margin} if "margin" in settings else {}
         theirs = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
-        ours = rm.preference_loss(better, worse, 0.0 if margins is None else margins, 1.0, centering or 0.0).mean()
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(rm.preference_loss(better, worse, **settings).mean(), theirs)
 
 
-def test_calibration_error():
-    confidence, right = torch.tensor([0.95, 0.95, 0.55, 0.55]), torch.tensor([True, True, True, False])
-    assert rm.calibration_error(confidence, right) == pytest.approx(0.05)  # 0.05 in both bins
-    assert rm.calibration_error(torch.tensor([1.0, 0.5]), torch.tensor([False, True])) == pytest.approx(0.75)
-
-
-@pytest.mark.parametrize("how,means,stds", [("none", [0, 0], [1, 1]), ("shift", [2, 5], [1, 1]),
-                                            ("scale", [2, 5], [1, 3])])  # fmt: skip
-def test_normalisation_constants(how, means, stds):
-    mean, std = rm.normalisation_constants(torch.tensor([[1.0, 3.0], [2.0, 8.0]]), how)
-    assert mean.flatten().tolist() == means and std.flatten().tolist() == stds
-
-
-# ---------------------------------------------------------------------------------------------- numbered details
+def test_calibration_error_and_normalisation_constants():
+    confidence, right = torch.tensor([0.95, 0.95, 0.55, 0.55, 1.0]), torch.tensor([True, True, True, False, False])
+    assert rm.calibration_error(confidence[:4], right[:4]) == pytest.approx(0.05)  # 0.05 in both bins
+    assert rm.calibration_error(confidence, right) == pytest.approx((0.9 + 0.1) / 5)
+    for how, expected in (("none", [0, 0, 1, 1]), ("shift", [2, 5, 1, 1]), ("scale", [2, 5, 1, 3])):
+        constants = rm.normalisation_constants(torch.tensor([[1.0, 3.0], [2.0, 8.0]]), how)
+        assert torch.cat(constants).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -131,36 +116,42 @@ def test_reward_model_detail_1_scores_equal_transformers_with_padding_on_either_
     ids, mask, positions = text.pad(texts_of(examples), tokenizer.pad_token_id, side)
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 0]
-    together = packed_scores(model, examples)
-    torch.testing.assert_close(together, theirs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.cat([packed_scores(model, [one]) for one in examples]), together, atol=1e-5, rtol=0)
+    alone = torch.cat([packed_scores(model, [one]) for one in examples])
+    for ours in (packed_scores(model, examples), alone):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_reward_model_detail_2_a_head_starts_small_and_runs_in_float32(tokenizer):
+def test_reward_model_detail_2_a_head_starts_small_runs_in_float32_and_stays_so_in_a_bfloat16_model(
+    tmp_path, tokenizer
+):
     model = kl.load_scalar_model(str(TINY), CPU, head_seed=5)
     assert model.score.weight.std().item() == pytest.approx((128 + 1) ** -0.5, rel=0.2)
     assert model.score.weight.mean().abs() < 0.03 and model.score.weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         scores = packed_scores(model, encoded(tokenizer, [pair(), pair("2+2=?", "4", "5")]))
     assert scores.dtype == torch.float32 and (scores != scores.bfloat16().float()).all()
-
-
-def test_the_head_of_a_bfloat16_model_is_saved_in_float32(tmp_path):
     quick(tmp_path, dtype="bfloat16")
     saved = weights(tmp_path)
     assert saved["score.weight"].dtype == torch.float32 and saved["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.fixture()
+def trained_ids(monkeypatch) -> list[list[int]]:
+    """Fills with the packed ids of every forward that is trained on."""
+    seen, score = [], rm.token_scores
+    note = lambda packed: seen.append(packed.ids[0].tolist()) if torch.is_grad_enabled() else None  # noqa: E731
+    monkeypatch.setattr(rm, "token_scores", lambda *args: [score(*args), note(args[1])][0])
+    return seen
 
 
 RANKED = [{"prompt": "12+30=?", "completions": ["42", "<answer>42</answer>", "41", "no idea"]},
           pair("1+1=?", margin=0.5, chosen_probability=0.8)]  # fmt: skip
 
 
-def test_reward_model_detail_3_a_prompt_and_each_answer_are_forwarded_once(tmp_path, monkeypatch, tokenizer):
-    forwarded, score = [], rm.token_scores
-    note = lambda model, packed, places: forwarded.append(packed.ids.numel()) or score(model, packed, places)  # noqa: E731
-    monkeypatch.setattr(rm, "token_scores", lambda *a: (note if torch.is_grad_enabled() else score)(*a))
+def test_reward_model_detail_3_a_prompt_and_each_answer_are_forwarded_once(tmp_path, trained_ids, tokenizer):
     quick(tmp_path, dataset=write(tmp_path / "ranked.jsonl", RANKED))
-    assert forwarded == [sum(len(one["ids"] + sum(one["completions"], [])) for one in encoded(tokenizer, RANKED))]
+    once = [token for one in encoded(tokenizer, RANKED) for token in one["ids"] + sum(one["completions"], [])]
+    assert [sorted(ids) for ids in trained_ids] == [sorted(once)]
 
 
 def hand_step(loss: torch.Tensor, model) -> tuple[float, float]:
@@ -185,19 +176,18 @@ def test_reward_model_detail_4_the_loss_is_the_mean_over_the_pairs_of_a_prompt_t
 DEMONSTRATIONS = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>"} for i in range(10, 18)]
 
 
-@pytest.mark.parametrize("how,std", [("shift", None), ("scale", 1.0)])
+@pytest.mark.parametrize("how", ["shift", "scale"])
 @pytest.mark.parametrize("are_given", [True, False], ids=["demonstrations", "better held-out answers"])
-def test_reward_model_detail_5_any_loader_finds_scores_normalised(how, std, are_given, tmp_path, tokenizer):
+def test_reward_model_detail_5_any_loader_finds_scores_normalised(how, are_given, tmp_path, tokenizer):
     held_out = [pair(row["prompt"], row["completion"], "no") for row in DEMONSTRATIONS]
     flags = {"reference_dataset": write(tmp_path / "references.jsonl", DEMONSTRATIONS) if are_given else None}
     flags |= {} if are_given else {"eval_dataset": write(tmp_path / "held_out.jsonl", held_out)}
     quick(tmp_path / "run", normalisation=how, eval_rows=8, **flags)
-    references = texts_of(encoded(tokenizer, held_out))[::2]
-    scores = normalised(tmp_path / "run" / "model", references)
+    scores = normalised(tmp_path / "run" / "model", texts_of(encoded(tokenizer, held_out))[::2])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert (scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)) == (how == "scale")
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert abs(config["reward_mean"]) > 1e-3 and (config["reward_std"] == 1) == (how == "shift")
-    assert std is None or scores.std(correction=0).item() == pytest.approx(std, abs=1e-3)
 
 
 def test_reward_model_detail_5_loss_and_calibration_do_not_change_with_normalisation_but_margins_do(tmp_path):
@@ -209,12 +199,9 @@ def test_reward_model_detail_5_loss_and_calibration_do_not_change_with_normalisa
     assert abs(std - 1) > 0.1
 
 
-def test_reward_model_detail_6_members_begin_with_other_heads_and_see_other_batches(tmp_path, monkeypatch):
-    seen, score = [], rm.token_scores
-    note = lambda model, packed, places: seen.append(packed.ids.tolist()) or score(model, packed, places)  # noqa: E731
-    monkeypatch.setattr(rm, "token_scores", lambda *a: (note if torch.is_grad_enabled() else score)(*a))
+def test_reward_model_detail_6_members_begin_with_other_heads_and_see_other_batches(tmp_path, trained_ids):
     quick(tmp_path, ensemble_size=2, learning_rate=0.0)
-    assert len(seen) == 2 and seen[0] != seen[1]
+    assert len(trained_ids) == 2 and trained_ids[0] != trained_ids[1]
     for folder, seed in ((tmp_path / "model", SEED), (tmp_path / "model" / "member_1", SEED + 1)):
         head = kl.load_scalar_model(str(TINY), CPU, head_seed=seed).score.weight
         assert torch.equal(load_file(folder / "model.safetensors")["score.weight"], head)
@@ -240,19 +227,15 @@ def test_reward_model_detail_6_members_are_normalised_then_joined(how, tmp_path,
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def test_reward_model_detail_7_supervised_steps():
-    assert [rm.supervised_steps(labels) for labels in ([True, False, True, False], [True, True], [False])] == [2, 2, 1]
-
-
 def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_first_wrong_one(tmp_path, tokenizer):
+    assert [rm.supervised_steps(labels) for labels in ([True, False, True, False], [True, True], [False])] == [2, 2, 1]
     solutions = [{"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=4", "4=4"], "labels": [True, False, True]},
                  {"prompt": "2+2=?", "completions": ["2+2=4"], "labels": [1]}]  # fmt: skip
     path = write(tmp_path / "steps.jsonl", solutions)
     flags = {"kind": "process", "dataset": path, "eval_dataset": path, "microbatch_tokens": 10}
     row = quick(tmp_path / "run", **flags)
-    ids = [tokenizer("<|user|>" + end).input_ids for end in (
-        "1+1+1=?<|end|><|assistant|>1+1=2,", "1+1+1=?<|end|><|assistant|>1+1=2,2+1=4,", "2+2=?<|end|><|assistant|>2+2=4,"
-    )]  # fmt: skip
+    read = [("1+1+1=?", "1+1=2,"), ("1+1+1=?", "1+1=2,2+1=4,"), ("2+2=?", "2+2=4,")]  # up to each supervised step
+    ids = [tokenizer(f"<|user|>{asked}<|end|><|assistant|>{said}").input_ids for asked, said in read]
     right, wrong, other = logits(model := kl.load_scalar_model(str(TINY), CPU, head_seed=SEED), ids)
     loss, norm = hand_step(-(F.logsigmoid(right) + F.logsigmoid(-wrong) + F.logsigmoid(other)) / 3, model)
     assert row["loss/train"] == pytest.approx(loss, rel=1e-4)
@@ -301,12 +284,20 @@ def test_reward_model_detail_8_the_options_are_compared_as_they_follow_the_words
         torch.testing.assert_close(found[i], expected, atol=1e-5, rtol=0)
 
 
+SUMS = [pair(f"{a}+1=?", str(a + 1), str(a + 2)) for a in range(12)]
+
+
 def label(rows: list[dict], readings: list[float], tmp_path, monkeypatch, tokenizer, **flags):
     """What `label_pairs` writes of rows in a Parquet file when a judge gives these readings, and what it has asked."""
     from datasets import Dataset
 
     asked = []
-    read = lambda model, tokenizer, prompts, *rest: asked.extend(prompts) or torch.tensor(readings)[:, None]  # noqa: E731
+
+    def read(model, tokenizer, prompts, options, *limits):
+        asked.extend(prompts)
+        assert options == [" A", " B"]
+        return torch.tensor(readings)[:, None]
+
     monkeypatch.setattr(rm, "option_probabilities", read)
     Dataset.from_list(rows).to_parquet(path := str(tmp_path / "rows.parquet"))
     args = replace(rm.EMBEDDED, judge=str(TINY), dataset=path, **flags)
@@ -317,44 +308,36 @@ def label(rows: list[dict], readings: list[float], tmp_path, monkeypatch, tokeni
 def test_reward_model_detail_8_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch, tokenizer, capsys):
     principles = tmp_path / "principles.txt"
     principles.write_text("Be right.\n\nBe short.\n")
-    rows = [pair(), pair("2+2=?", "4", "5"), pair("3+3=?", "6", "7")]
-    readings = [0.9, 0.4, 0.8, 0.7, float("nan"), 0.5]
+    rows, readings = SUMS[:4], [0.9, 0.4, 0.8, 0.7, float("nan"), 0.5, 0.7, 0.5]
     labelled, asked = label(rows, readings, tmp_path, monkeypatch, tokenizer, principles=str(principles))
-    assert "Answer A: 2\n\nAnswer B: 3" in asked[0] and "Answer A: 3\n\nAnswer B: 2" in asked[1]
+    assert "Answer A: 1\n\nAnswer B: 2" in asked[0] and "Answer A: 2\n\nAnswer B: 1" in asked[1]
     assert all(question.endswith("<|assistant|>The better answer is Answer") for question in asked)
     assert [("Be right." in question, "Be short." in question) for question in asked[1:4]] == [
         (True, False), (False, True), (False, True)]  # fmt: skip
-    assert [row["chosen_probability"] for row in labelled] == pytest.approx([0.75, 0.55])  # a NaN drops the row
+    assert [row["chosen_probability"] for row in labelled] == pytest.approx([0.75, 0.55, 0.6])  # a NaN drops the row
     told = capsys.readouterr().out
-    assert "labelled 2 of 3 rows" in told and "flips with the order of the answers in 50%" in told
+    assert "labelled 3 of 4 rows" in told and "flips with the order of the answers in 33%" in told
 
 
-def test_labels_turn_with_their_margin_when_the_judge_overrules(tmp_path, monkeypatch, tokenizer):
+def test_labels_turn_with_their_margin_where_the_judge_or_a_probability_overrules(tmp_path, monkeypatch, tokenizer):
     rows = [pair(margin=1.5, asked=datetime(2026, 1, 2)), pair("2+2=?", "4", "5"), pair("3+3=?", "6", "7", margin=2.0)]
     labelled, _ = label(rows, [0.1, 0.8, 0.9, 0.2, 0.9, 0.2], tmp_path, monkeypatch, tokenizer)
     assert [(row["chosen"][0]["content"], row["margin"]) for row in labelled] == [("3", -1.5), ("4", 0), ("6", 2)]
     assert labelled[0]["asked"].startswith("2026-01-02")
-    read = encoded(tokenizer, labelled)
-    assert [one["margin"] for one in read] == [-1.5, 0, 2]
-    assert [one["probability"] for one in read] == pytest.approx([0.85] * 3)
-    assert read[0]["completions"] == encoded(tokenizer, [pair("1+1=?", "3", "2")])[0]["completions"]
+    assert [row["chosen_probability"] for row in labelled] == pytest.approx([0.85] * 3)
+    plain = encoded(tokenizer, [pair(chosen="3", rejected="2")])[0]["completions"]
+    for read in encoded(tokenizer, [labelled[0], pair(margin=1.5, chosen_probability=0.15)]):
+        assert read["completions"] == plain and read["margin"] == -1.5
+        assert read["probability"] == pytest.approx(0.85)
 
 
-def test_a_probability_below_one_half_turns_the_pair_round(tokenizer):
-    (turned, plain) = encoded(tokenizer, [pair(margin=0.5, chosen_probability=0.3), pair(rejected="2", chosen="3")])
-    assert turned["completions"] == plain["completions"]
-    assert turned["margin"] == -0.5 and turned["probability"] == pytest.approx(0.7)
-
-
-# ---------------------------------------------------------------------------------------------- runs
-
-SUMS = [pair(f"{a}+1=?", str(a + 1), str(a + 2)) for a in range(12)]
-
-
-@pytest.mark.parametrize("rows", [SUMS, [{"prompt": f"{a}+{a}=?"} for a in range(10, 22)]], ids=["pairs", "prompts"])
-def test_training_again_on_a_judges_labels_gives_the_same_loss(rows, tmp_path):
+@pytest.mark.parametrize(
+    "rows,odd", [(SUMS, pair(margin=[1])), ([{"prompt": f"{a}+{a}=?"} for a in range(10, 22)], {})]
+)
+def test_a_judge_labels_pairs_and_samples_and_training_again_on_them_gives_the_same_loss(rows, odd, tmp_path):
+    data = write(tmp_path / "rows.jsonl", [*rows, '{"prompt": "1', odd])
     labelled = tmp_path / "run" / "labelled.jsonl"
-    first = quick(tmp_path / "run", judge=str(TINY), dataset=write(tmp_path / "rows.jsonl", rows), batch_size=4)
+    first = quick(tmp_path / "run", judge=str(TINY), dataset=data, batch_size=4)
     written = [json.loads(line) for line in labelled.read_text().splitlines()]
     assert [row["prompt"][0]["content"] for row in written] == [row["prompt"] for row in rows]
     assert all(0.5 <= row["chosen_probability"] < 1 for row in written)
@@ -372,13 +355,9 @@ def test_a_resumed_run_does_not_label_again(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "labelled.jsonl").read_text() == labelled
 
 
-def turn(role: str, content: str) -> dict:
-    return {"role": role, "content": content}
-
-
 SOLUTION = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True, True]}
-APART = {"chosen": [turn("user", "1+1=?"), turn("assistant", "2")],
-         "rejected": [turn("user", "2+2=?"), turn("assistant", "4")]}  # fmt: skip
+APART = {name: [{"role": "user", "content": name}, {"role": "assistant", "content": "2"}]
+         for name in ("chosen", "rejected")}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind,good,bad", [
@@ -468,17 +447,15 @@ def test_bad_settings_are_told_in_a_sentence(changes, sentence, tmp_path):
 
 
 def test_a_process_model_finds_the_first_wrong_step(tmp_path):
-    run("reward_model", "--kind", "process", "--dataset", TINY / "steps_train.jsonl", "--eval-dataset",
-        TINY / "steps_test.jsonl", "--epochs", 0.5, "--eval-every", 0, "--output-dir", tmp_path)  # fmt: skip
-    before, after = metrics(tmp_path)[0], metrics(tmp_path)[-1]
+    data = {"dataset": f"{TINY}/steps_train.jsonl", "eval_dataset": f"{TINY}/steps_test.jsonl"}
+    after = quick(tmp_path, kind="process", **data, steps=38, batch_size=32, eval_rows=96)
+    before = metrics(tmp_path)[0]
     assert after["eval/first_error_accuracy"] >= before["eval/first_error_accuracy"] + 0.25
     assert before["eval/accuracy"] < 0.65 and after["eval/accuracy"] >= 0.75
 
 
-def test_embedded_steps_are_labelled_by_arithmetic():
+def test_embedded_steps_are_labelled_by_arithmetic_up_to_the_first_wrong_one():
     for row in map(json.loads, (TINY / "steps_test.jsonl").read_text().splitlines()):
-        wrong = row["labels"].index(False) if False in row["labels"] else len(row["labels"])
-        for i, step in enumerate(row["completions"][: wrong + 1]):
-            left, _, right = step.removeprefix("<think>").partition("=")
-            assert (eval(left) == int(right)) == (i < wrong)
-        assert not any(row["labels"][wrong:])
+        sums = [step.removeprefix("<think>").split("=") for step in row["completions"]]
+        right = [eval(left) == int(said) for left, said in sums]
+        assert row["labels"] == [all(right[: i + 1]) for i in range(len(right))]
