@@ -66,10 +66,10 @@ from common.tokenizer import (
     load_split,
     load_tokenizer,
     merged,
-    mismatches,
     pad_rows,
     shuffled_passes,
     stop_token_ids,
+    with_mismatches,
 )
 
 
@@ -218,7 +218,8 @@ def main(args: Args) -> dict:
     assert args.iterations or not args.reward_model, "--reward-model ranks fresh samples: add --iterations"
     assert not args.iterations or args.num_samples > 1, "--iterations compares samples: --num-samples of at least 2"
     is_kto, pair_loss = args.loss == "kto", PAIR_LOSSES.get(args.loss, dpo_loss)
-    beta = args.beta or BETAS.get(args.loss, 0.1)
+    beta = BETAS.get(args.loss, 0.1) if args.beta is None else args.beta
+    assert args.label_smoothing < 0.5, "--label-smoothing: below one half, or the labels say the opposite"
 
     # Pairs, or with --iterations questions to sample pairs from. Held-out rows are questions, too.
     tokenizer, budget = load_tokenizer(args.model, args.today), args.max_completion_tokens
@@ -227,10 +228,12 @@ def main(args: Args) -> dict:
     sources, rounds, held_out = (args.dataset, args.eval_dataset, args.eval_rows), max(1, args.iterations), []
     if args.iterations:
         rows, questions = load_questions(tokenizer, *sources, longest, args.seed, needs_answer=not args.reward_model)
+        assert len(rows) >= rounds * world, f"--iterations {rounds}: {len(rows)} prompts are too few"
     else:
         encode = partial(encode_comparisons, tokenizer, max_prompt=longest, max_completion=budget, least=2 - is_kto)
         rows, questions = load_split(encode, *sources, args.seed)
         held_out = [row for row in questions if len(row["completions"]) > 1]
+        example = with_mismatches(rows, args.seed) if is_kto else rows.__getitem__  # detail 6
     steps_a_round = math.ceil(args.epochs * len(rows) / rounds / args.batch_size)
     args.steps = args.steps or rounds * steps_a_round
     order = shuffled_passes(len(rows), args.steps * args.batch_size, args.seed)
@@ -247,9 +250,9 @@ def main(args: Args) -> dict:
     needs_reference, began = args.loss not in NEEDS_NO_REFERENCE, time.perf_counter()
     reference = torch.zeros(len(rows), 3)
     held_out_reference = score_all(policy, held_out.__getitem__, range(needs_reference * len(held_out)))[:, :2]
-    if not args.iterations:
-        example, drawn = examples_of(rows, is_kto, args.seed), sorted(set(order)) if needs_reference else []
-        path = run.folder / f"reference-{args.steps}.pt"
+    if needs_reference and not args.iterations:
+        drawn, data = sorted(set(order)), f"{rows._fingerprint}-{args.steps}-{args.batch_size}-{args.seed}"
+        path = run.folder / f"reference-{data}.pt"  # other settings on --resume need other numbers
         reference[drawn] = kept(path, lambda: score_all(policy, example, drawn).cpu(), rank)
     reference, fresh = reference.to(device), {"time/reference": time.perf_counter() - began}
 
@@ -281,7 +284,7 @@ def main(args: Args) -> dict:
             path = run.folder / f"pairs-{iteration:04d}.pt"
             pairs, fresh = kept(path, lambda s=sampling: sample_pairs(new_sampler(), *s), rank)
             assert pairs, f"iteration {iteration}: all samples of a prompt have equal rewards, so no pair can be made"
-            example = examples_of(pairs, is_kto, seed)
+            example = with_mismatches(pairs, seed) if is_kto else pairs.__getitem__
             order = shuffled_passes(len(pairs), steps_a_round * args.batch_size, args.seed + iteration)
             if needs_reference:
                 reference = score_all(shard(load_model(args.model, device), world), example, range(len(pairs)))
@@ -305,7 +308,7 @@ def main(args: Args) -> dict:
             real = (lengths > 0) * weight
             if is_kto:
                 losses, counted = kto_loss(ratio, labels, baseline, beta, args), real
-                right = (ratio > baseline) == labels
+                right = torch.where(labels, ratio > baseline, ratio < baseline)
             else:
                 losses, counted = pair_loss(logprobs, ratio, lengths, beta, args), weight
                 right = gap(rewards) > 0
@@ -334,15 +337,6 @@ def main(args: Args) -> dict:
             run.save(step, policy, optimizer)
 
     return run.finish(policy, tokenizer, stops, bfloat16)
-
-
-def examples_of(rows, is_kto: bool, seed: int):
-    """A function that gives example i of the rows. KTO's has in front of its `completions` one to another prompt."""
-    if not is_kto:
-        return rows.__getitem__
-    keys = [row["key"] for row in rows] if isinstance(rows, list) else rows["key"][:]
-    others = mismatches(keys, seed)
-    return lambda i: {**rows[i], "completions": [rows[others[i]]["completions"][-1], *rows[i]["completions"]]}
 
 
 def sample_pairs(sampler, tokenizer, prompts, args: Args, seed: int, device, bfloat16: bool, rank: int, world: int):

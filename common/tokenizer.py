@@ -973,6 +973,19 @@ def mismatches(keys: list[int], seed: int) -> list[int]:
     return group.argsort(stable=True)[places % len(keys)].tolist()
 
 
+def with_mismatches(rows, seed: int) -> Callable[[int], dict]:
+    """A function that gives row i of `encode_comparisons` with one more of its `completions` in front: an answer of
+    either kind to another prompt, which `mismatches` draws."""
+    keys = [row["key"] for row in rows] if isinstance(rows, list) else rows["key"][:]
+    others = mismatches(keys, seed)
+
+    def example(i: int) -> dict:
+        answers = rows[others[i]]["completions"]
+        return {**rows[i], "completions": [answers[i % len(answers)], *rows[i]["completions"]]}
+
+    return example
+
+
 def shuffled_pass(rows, step: int, size: int, seed: int) -> list:
     """The `size` rows of `step` 1, 2, … in shuffled passes over `rows`, a function of seed and step alone."""
     places, order = range((step - 1) * size, step * size), {}

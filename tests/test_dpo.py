@@ -250,22 +250,25 @@ def test_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn(tokenizer, model
 def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch, calls):
     """A run that is stopped keeps the numbers, and SimPO and ORPO need none; there is no second model."""
     models, scored, *trained = calls("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
-    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 4])
+    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 9])
     monkeypatch.setattr(dpo, "clip_gradients", lambda *args: next(updates)(*args))
     settings = {"steps": 3, "save_every": 1, "learning_rate": 1e-3}
+    settings["dataset"] = str(first_rows("preferences_train.jsonl", 200))
     with pytest.raises(KeyboardInterrupt):
         quick(tmp_path / "dpo", **settings)
     assert len(models) == 1 and [len(call[2]) for call in scored] == [2, 12, 2]  # held out, drawn, held out
-    assert torch.load(tmp_path / "dpo" / "reference-3.pt").shape == (12, 3)
+    assert [torch.load(path).shape for path in (tmp_path / "dpo").glob("reference-*.pt")] == [(12, 3)]
     quick(tmp_path / "dpo", **settings, resume=str(tmp_path / "dpo"))
     assert len(models) == 2 and [len(call[2]) for call in scored[3:]] == [2, 2]
     same(scored[3][-1], scored[0][-1])  # that of held-out pairs is the first policy's, too
+    check_references(*trained)
+    quick(tmp_path / "dpo", **settings | {"steps": 4, "seed": 2}, resume=str(tmp_path / "dpo"))  # other rows are drawn
     check_references(*trained)
     for loss in dpo.NEEDS_NO_REFERENCE:
         models.clear(), scored.clear()
         quick(tmp_path / loss, loss=loss)
         assert len(models) == 1 and {len(call[2]) for call in scored} == {0, 2}
-        assert not any(len(torch.load(path)) for path in (tmp_path / loss).glob("*.pt"))
+        assert not list((tmp_path / loss).glob("*.pt"))
 
 
 def test_dpo_detail_5_ties_are_wrong(tmp_path):
@@ -281,7 +284,7 @@ def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processe
     monkeypatch.setattr(dpo, "start_processes", lambda device: (CPU, 0, processes))
     monkeypatch.setattr(dpo, "shard", lambda model, world: model)
     reference, clip, drifts = dpo.load_model(MODEL, CPU), dpo.clip_gradients, []
-    losses, examples, orders = calls("kto_loss", "examples_of", "shuffled_passes")
+    losses, examples, orders = calls("kto_loss", "with_mismatches", "shuffled_passes")
 
     def update(policy, norm):
         drawn = [examples[0][-1](i) for i in orders[0][-1][4 * len(drifts) :][:4]]
