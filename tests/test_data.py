@@ -474,7 +474,7 @@ def test_published_pairs_work_as_they_come(script, name, tmp_path):
     row = row if name != "hh-rlhf" else {"chosen": ask + better, "rejected": ask + worse}
     Dataset.from_list([row] * 4).to_parquet(tmp_path / "rows.parquet")
     data = ["--dataset", tmp_path / "rows.parquet", "--eval-dataset", tmp_path / "rows.parquet"]
-    flags = ["--steps", 1, "--batch-size", 2, "--eval-rows", 2, "--max-completion-tokens", 24]
+    flags = ["--steps", 1, "--batch-size", 2, "--eval-rows", 2, "--max-completion-tokens", 64]
     run(script, *data, *flags, "--output-dir", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["loss/train"] > 0
 
