@@ -122,7 +122,7 @@ class Args:
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
-EMBEDDED = Args(  # what runs where no --model is given: half a minute on two cores
+EMBEDDED = Args(  # what runs where no --model is given: a minute on two cores
     model=f"{TINY}", dataset=f"{TINY}/preferences_train.jsonl", eval_dataset=f"{TINY}/preferences_test.jsonl",
     eval_rows=192, eval_samples=4, max_prompt_tokens=128, max_completion_tokens=128, batch_size=32,
     microbatch_tokens=4096, learning_rate=2e-4, warmup_steps=5, eval_every=25,
