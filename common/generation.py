@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.kl import grouped_attention, head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
@@ -75,22 +76,27 @@ class Sampler:
             when its weights are sharded over processes, from a copy that `sync` brings up to date.
         stop_ids: token ids that end a completion.
         dtype: of the matrix products and of keys and values; logits are float32 always.
-        memory_gb: bound on keys and values; rows beyond it wait. Default: 4 on a CPU, half of what is free on CUDA.
+        memory_gb: bound on keys and values, kept ones included; rows beyond it wait. Default: 4 on a CPU, else a fifth
+            of the card, which leaves room for gradients, moments and activations.
     """
 
     def __init__(self, model, stop_ids: list[int], dtype: torch.dtype = torch.float32, memory_gb: float | None = None):
-        self.source, self.dtype, self.memory_gb = model, dtype, memory_gb
+        self.source, self.model, self.dtype = model, model, dtype
         self.device = next(model.parameters()).device
         self.stop_ids = torch.tensor(stop_ids, device=self.device)
-        self.served = supports_layout(model)
-        if not self.served:
+        self.is_served, self.uses_graphs = supports_layout(model), self.device.type == "cuda"
+        if not self.is_served:
             name = type(model).__name__
             print(f"notice: the fast sampler does not serve {name}; using model.generate instead.", file=sys.stderr)
-        is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-        self.is_copy = is_sharded or next(model.parameters()).dtype != dtype
-        self.model = _empty_copy(model, dtype) if self.is_copy else model
+        memory = torch.cuda.get_device_properties(self.device).total_memory / 5 if self.uses_graphs else 4e9
+        self.memory_gb = memory_gb or memory / 1e9
+        self.is_copy = any(hasattr(p, "full_tensor") or p.dtype != dtype for p in model.parameters())
+        if self.is_copy:
+            with self.device:
+                self.model = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).requires_grad_(False)
+            self.model.set_attn_implementation(model.config._attn_implementation)
         self.slots: _Slots | None = None
-        self.kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # ids to keys and values of all layers
+        self.kept: dict[tuple[int, ...], torch.Tensor] = {}  # ids to keys and values [W, 2, layers, H_kv, D]
         self.sync()
 
     @torch.no_grad()
@@ -98,10 +104,10 @@ class Sampler:
         """Bring the copy up to date. All processes must call it together when weights are sharded."""
         self.kept.clear()
         if self.is_copy:
-            for target, source in zip(self.model.parameters(), self.source.parameters()):
+            # Buffers too, such as the biases of a router.
+            targets, sources = ([*m.parameters(), *m.buffers()] for m in (self.model, self.source))
+            for target, source in zip(targets, sources):
                 target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
-            for target, source in zip(self.model.buffers(), self.source.buffers()):  # such as the biases of a router
-                target.copy_(source)
         head = self.model.get_output_embeddings()
         self.head_bias, self.logit_shape = head.bias, logit_shape(self.model)
         # A CPU multiplies in float32, where bfloat16 factors are exact; CUDA graphs hold the module's own memory.
@@ -131,30 +137,43 @@ class Sampler:
             progress: called with the number of completions that have ended since the last call.
         """
         budgets = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-        if any(not p for p in prompts) or any(b < 1 for b in budgets):
+        if not all(prompts) or min(budgets, default=1) < 1:
             raise ValueError("every prompt needs at least one token and a budget of at least one new token")
-        indices = list(range(len(prompts))) if indices is None else indices
+        if not prompts:
+            return []
+        indices = range(len(prompts)) if indices is None else indices
         numbers = [i * num_samples + k for i in indices for k in range(num_samples)]
         progress = progress or (lambda count: None)
         was_training = self.model.training
         self.model.eval()
-        if not self.served:
-            flat = self._fall_back(prompts, budgets, num_samples, temperature, seed, numbers, progress)
-        elif not prompts:
-            flat = []
-        else:
-            size = len(numbers), max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets)
-            # A graph's memory must stay. On a CPU each call lays out its own, so that no sample depends, not even in
-            # the last bit of its log-probability, on the calls before: a resumed run has not made them.
-            if self.device.type == "cpu" or self.slots is None or not self.slots.fits(*size):
-                if self.device.type != "cpu" and self.slots is not None:  # grow: calls of several shapes take turns
-                    size = tuple(map(max, size, (self.slots.total, self.slots.longest_text, self.slots.columns)))
-                self.slots = None  # gone before the next is there
-                self.slots = _Slots(self, *size)
+        if self.is_served:
             uniforms = _uniforms(numbers, max(budgets), seed)
-            flat = self.slots.run(prompts, budgets, num_samples, temperature, uniforms, keep, progress)
+            slots = self._lay_out(len(numbers), max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets))
+            flat = slots.run(prompts, budgets, num_samples, temperature, uniforms, keep, progress)
+        else:
+            flat = self._fall_back(prompts, budgets, num_samples, temperature, seed, numbers, progress)
         self.model.train(was_training)
         return [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
+
+    def _lay_out(self, total: int, longest: int, columns: int) -> _Slots:
+        """Slots for `total` samples, texts of up to `longest` tokens and budgets of up to `columns`.
+
+        Those of graphs must stay, and only grow. Others are each call's own, so that no sample depends, not even in the
+        last bit of its log-probability, on the calls before: a resumed run has not made them.
+        """
+        held = (0, 0, 0)
+        if self.uses_graphs:
+            longest, columns = (n // 64 * 64 + 63 for n in (longest, columns))
+            held = self.slots.sizes if self.slots else held
+        sizes = tuple(map(max, (total, longest, columns), held))
+        if sizes != held:
+            self.slots = None  # gone before the next is there
+            self.slots = _Slots(self, *sizes)
+        return self.slots
+
+    def room(self) -> float:
+        """How many bytes of memory are left beside what is kept."""
+        return self.memory_gb * 1e9 - sum(kept.nbytes for kept in self.kept.values())
 
     def longest_kept(self, prompt: list[int]) -> tuple[int, ...]:
         """The longest kept text that `prompt` continues, or ()."""
@@ -168,7 +187,7 @@ class Sampler:
         results = []
         stops = self.stop_ids.tolist()
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # no penalties, no min_p
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for i, (prompt, budget) in enumerate(zip(prompts, budgets)):
                 torch.manual_seed((seed * 1_000_003 + numbers[i * num_samples]) % 2**63)
                 ids = torch.tensor([prompt], device=self.device)
@@ -178,23 +197,17 @@ class Sampler:
                     eos_token_id=stops, pad_token_id=stops[0], return_dict_in_generate=True, output_logits=True,
                     **(sampling if temperature > 0 else {"do_sample": False}),
                 )  # fmt: skip
-                logprobs = torch.stack(out.logits, dim=1).float().div(temperature or 1).log_softmax(-1)
-                for row, scores in zip(out.sequences[:, len(prompt) :].tolist(), logprobs):
+                drawn, logits = (
+                    out.sequences[:, len(prompt) :],
+                    (step.float() / (temperature or 1) for step in out.logits),
+                )
+                surprise = [F.cross_entropy(x, tokens, reduction="none") for x, tokens in zip(logits, drawn.T)]
+                for row, logprobs in zip(drawn.tolist(), torch.stack(surprise, dim=1).neg().tolist()):
                     end = next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
-                    values = scores[range(end), row[:end]].tolist()
-                    results.append(Completion(row[:end], values, row[end - 1] in stops))
+                    results.append(Completion(row[:end], logprobs[:end], row[end - 1] in stops))
                 progress(num_samples)
         self.model.generation_config = own
         return results
-
-
-def _empty_copy(model, dtype: torch.dtype):
-    """A model of the same kind on the same device whose weights are still to be copied in."""
-    device = next(model.parameters()).device
-    with torch.device(device):
-        replica = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-    replica.set_attn_implementation(model.config._attn_implementation)
-    return replica.requires_grad_(False)
 
 
 def _uniforms(numbers: list[int], columns: int, seed: int) -> torch.Tensor:
@@ -219,7 +232,7 @@ class _Prompts:
     position: torch.Tensor  # [P, W] place of each column in its prompt, or _PADDING
     keys: list[torch.Tensor] = field(default_factory=list)  # of each layer [P, H_kv, D, W]
     values: list[torch.Tensor] = field(default_factory=list)  # [P, H_kv, W, D]
-    past: tuple[torch.Tensor, torch.Tensor] | None = None  # kept keys and values for the first columns of all layers
+    past: torch.Tensor | None = None  # [2, layers, P, H_kv, W, D] kept keys and values of the first columns
     mask: torch.Tensor | None = None  # [P, W] to add to the scores of any later query, None for nothing
 
 
@@ -227,58 +240,48 @@ class _Slots:
     """Key/value memory and the state of the rows being decoded; it is the `layout` of the sampler's forwards.
 
     Rows 0 … rows−1 are live. What a decoding step reads and writes are tensors of fixed shape on the device, so that
-    a CUDA graph can replay it: `token` is fed next, `length` counts the keys of the row's text, `sequence` says which
-    sample it draws, `count` how many tokens it has drawn, `done` whether it has ended. A row's slot holds the keys
-    and values of its text from place `offset` on: all of it, or the row's own tokens only where prompts are `shared`.
+    a CUDA graph can replay it: of a row, `token` is fed next, `length` counts the keys of its text, `sequence` says
+    which sample it draws, or `total` once that has ended; of a sample, `count` says how many tokens it has. A row's
+    slot holds the keys and values of its text from place `offset` on: all of it, or its own tokens only where prompts
+    are `shared`.
     """
 
     def __init__(self, sampler: Sampler, total: int, longest: int, columns: int):
-        self.sampler, self.device = sampler, sampler.device
-        self.total, self.longest_text, self.columns = total, longest, columns
+        self.sampler, self.device, self.total, self.sizes = sampler, sampler.device, total, (total, longest, columns)
         config = sampler.model.config.get_text_config()
-        heads, dim = heads_and_dim(config)
+        layers, (heads, dim) = config.num_hidden_layers, heads_and_dim(config)
+        token_bytes = 2 * heads * dim * sampler.dtype.itemsize  # of a layer
         # A window shows each sample another part of the prompt, a CUDA graph wants one shape for all, and the calls
         # that merge two parts cost more than reading a short prompt once for each sample.
-        prompts_bytes = 2 * total * (longest - columns) * heads * dim * sampler.dtype.itemsize
-        has_window = getattr(config, "sliding_window", None)
-        self.shared = self.device.type == "cpu" and prompts_bytes >= SHARE_FROM and not has_window
+        can_share = not sampler.uses_graphs and not getattr(config, "sliding_window", None)
+        self.shared = can_share and total * (longest - columns) * token_bytes >= SHARE_FROM
         # One column more than any text has takes what is written for padding.
         self.width = -(-(1 + (columns if self.shared else longest)) // 64) * 64
-        memory = 4e9 if self.device.type == "cpu" else 0.5 * _free_cuda_memory(self.device)
-        self.memory = memory if sampler.memory_gb is None else sampler.memory_gb * 1e9
-        row_bytes = 2 * config.num_hidden_layers * heads * dim * self.width * sampler.dtype.itemsize
-        self.capacity = max(1, min(total, int(self.memory // row_bytes)))
-        slots = {"dtype": sampler.dtype, "device": self.device}
-        self.keys = torch.zeros(config.num_hidden_layers, self.capacity, heads, dim, self.width, **slots)
-        self.values = torch.zeros(config.num_hidden_layers, self.capacity, heads, self.width, dim, **slots)
+        self.capacity = max(1, min(total, int(sampler.room() // (layers * token_bytes * self.width))))
+        memory = {"dtype": sampler.dtype, "device": self.device}
+        self.keys = torch.zeros(layers, self.capacity, heads, dim, self.width, **memory)
+        self.values = torch.zeros(layers, self.capacity, heads, self.width, dim, **memory)
         integers = {"dtype": torch.long, "device": self.device}
-        self.token, self.length, self.offset, self.sequence, self.count = torch.zeros(5, self.capacity, **integers)
-        self.done = torch.ones(self.capacity, dtype=torch.bool, device=self.device)
-        self.budget = torch.zeros(total, **integers)
-        self.stopped = torch.zeros(total + 1, dtype=torch.bool, device=self.device)  # the last for rows that idle
-        # One column more than any budget takes what a row draws between its end and its release.
-        self.ids = torch.zeros(total, columns + 1, **integers)
-        self.logprobs = torch.zeros(total, columns + 1, device=self.device)
-        self.uniforms = torch.zeros(total, columns, device=self.device)
+        self.token, self.length, self.offset, self.sequence = torch.zeros(4, self.capacity, **integers)
+        # One sample more, with a budget of 0, takes what idle rows draw.
+        self.budget, self.count, self.stopped = torch.zeros(3, total + 1, **integers)
+        self.ids = torch.zeros(total + 1, columns, **integers)
+        self.logprobs, self.uniforms = torch.zeros(2, total + 1, columns, device=self.device)
         self.index = torch.arange(self.capacity, device=self.device)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.prefilling: _Prompts | None = None
 
-    def fits(self, total: int, longest: int, columns: int) -> bool:
-        return total <= self.total and longest <= self.longest_text and columns <= self.columns
-
     def run(self, prompts, budgets, num_samples, temperature, uniforms, keep, progress) -> list[Completion]:
         """The samples of all prompts by number: prompt i has the samples i·G … i·G + G − 1."""
-        total = len(prompts) * num_samples
+        total = len(uniforms)
         self.prompts, self.group, self.temperature, self.keep = prompts, num_samples, temperature, keep
-        self.uniforms[:total, : uniforms.shape[1]] = uniforms.to(self.device)
-        self.budget[:total] = torch.tensor(budgets, device=self.device).repeat_interleave(num_samples)
-        self.stopped.fill_(False)
-        self.done.fill_(True)
-        self.rows, self.longest = 0, 0
+        self.uniforms[:total, : uniforms.shape[1]] = uniforms
+        self.budget[:total] = torch.tensor(budgets).repeat_interleave(num_samples)
+        self.count.fill_(0)
+        self.sequence.fill_(self.total)
+        self.rows = 0
         self.samples: list[int] = []  # the sample that each live row draws
         self.blocks: list[_Prompts] = []
-        self.drawn = [0] * total
         # Longest first: neighbours are prefilled together, and what may take longest starts soonest.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         waiting = [i * num_samples + k for i in order for k in range(num_samples)]
@@ -290,9 +293,10 @@ class _Slots:
             else:
                 self.decode()
             progress(self.release())
-        self.blocks = []
-        stopped, ids, logprobs = (x[:total].tolist() for x in (self.stopped, self.ids, self.logprobs))
-        return [Completion(ids[i][:n], logprobs[i][:n], stopped[i]) for i, n in enumerate(self.drawn)]
+        counts, stopped, ids, logprobs = (
+            x[:total].tolist() for x in (self.count, self.stopped, self.ids, self.logprobs)
+        )
+        return [Completion(ids[i][:n], logprobs[i][:n], bool(stopped[i])) for i, n in enumerate(counts)]
 
     # ------------------------------------------------------------------ attention
 
@@ -312,8 +316,8 @@ class _Slots:
         keys, values = self.keys[layer, :rows, ..., : self.visible], self.values[layer, :rows, :, : self.visible]
         mask = self.mask
         if window is not None and window < self.visible:
-            column = torch.arange(self.visible, device=self.device)
-            mask = self._additive((column <= self.place[:, None]) & (column > self.place[:, None] - window))
+            behind = self.place[:, None] - torch.arange(self.visible, device=self.device)
+            mask = torch.where((behind >= 0) & (behind < window), 0.0, -math.inf)
         out, lse = _attention(grouped, keys, values, mask)
         if self.shared:
             out = self._merge_prompts(layer, grouped, out, lse)
@@ -322,7 +326,7 @@ class _Slots:
     def _merge_prompts(self, layer: int, grouped, own, own_lse) -> torch.Tensor:
         """Attention to a row's own tokens merged with that to its prompt, which is read once for all its samples."""
         outs, lses = [], []
-        for block, asked in zip(self.blocks, grouped[self.grid].split(self.sizes)):
+        for block, asked in zip(self.blocks, grouped[self.grid].split(self.sizes_of_blocks)):
             _, heads, queries, dim = asked.shape
             prompts = len(block.numbers)
             asked = asked.view(prompts, -1, heads, queries, dim).transpose(1, 2)  # [P, H_kv, g, H/H_kv, D]
@@ -335,29 +339,23 @@ class _Slots:
     def _attend_prefill(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
         block, mask = self.prefilling, None
         if block.past is not None:
-            key = torch.cat([block.past[0][layer].mT, key], dim=2)
-            value = torch.cat([block.past[1][layer], value], dim=2)
+            key, value = (torch.cat([past[layer], new], dim=2) for past, new in zip(block.past, (key, value)))
         block.keys.append(key.mT.contiguous())
         block.values.append(value)
         is_windowed = window is not None and window < key.shape[2]
         if block.past is not None or is_windowed:
             distance = block.position[:, -query.shape[2] :, None] - block.position[:, None]  # [P, T, W]
             mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
-        out = grouped_attention(query, key, value, mask, scaling)
-        return out.transpose(1, 2)
-
-    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
-        """A mask to add to scores, from one that says which keys [n, width] are seen."""
-        return torch.zeros(visible.shape, device=self.device).masked_fill_(~visible, -math.inf)
+        return grouped_attention(query, key, value, mask, scaling).transpose(1, 2)
 
     # ------------------------------------------------------------------ rows come, advance and go
 
-    def admit(self, samples: list[int], tokens: int = 16384) -> None:
+    def admit(self, samples: list[int]) -> None:
         """Give each sample a slot, prefill the prompts they continue, and draw their first tokens."""
         numbers = list(dict.fromkeys(sample // self.group for sample in samples))  # longest first
         while numbers:
             longest = len(self.prompts[numbers[0]])
-            together = numbers[: max(1, tokens // longest)]
+            together = numbers[: max(1, 16384 // longest)]  # bounds the tokens of a forward
             together = [n for n in together if len(self.prompts[n]) >= 0.75 * longest - 8]
             numbers = numbers[len(together) :]
             block, hidden = self.prefill(together)
@@ -366,15 +364,12 @@ class _Slots:
             rows = slice(self.rows, self.rows + len(chosen))
             self.rows += len(chosen)
             self.samples += chosen
-            self.sequence[rows] = torch.tensor(chosen, device=self.device)
-            self.length[rows] = torch.tensor([len(self.prompts[n]) for n in together], device=self.device)[which]
-            self.count[rows], self.done[rows] = 0, False
-            self.longest = max(self.longest, longest)
+            self.sequence[rows] = torch.tensor(chosen)
+            self.length[rows] = torch.tensor([len(self.prompts[sample // self.group]) for sample in chosen])
+            self.offset[rows] = self.length[rows] * self.shared
             if self.shared:
-                self.offset[rows] = self.length[rows]
                 self.blocks.append(block)
             else:
-                self.offset[rows] = 0
                 place = block.position.clamp(max=self.width - 1)[which]
                 for layer, (keys, values) in enumerate(zip(block.keys, block.values)):
                     self.keys[layer, self.index[rows, None], :, :, place] = keys[which].permute(0, 3, 1, 2)
@@ -384,72 +379,69 @@ class _Slots:
 
     def prefill(self, numbers: list[int]) -> tuple[_Prompts, torch.Tensor]:
         """Keys and values of some prompts, and the hidden state [P, d] of the last token of each."""
-        prompts = [self.prompts[n] for n in numbers]
+        prompts, kept = [self.prompts[n] for n in numbers], self.sampler.kept
         pasts = [self.sampler.longest_kept(prompt) for prompt in prompts]
         known = torch.tensor([len(past) for past in pasts])[:, None]
         ids, is_real, position = pad([prompt[len(past) :] for prompt, past in zip(prompts, pasts)], 0)
         position = position + known
-        block = _Prompts(numbers, position.masked_fill(is_real == 0, _PADDING).to(self.device))
+        column = torch.arange(int(known.max())).expand(len(prompts), -1)
+        columns = [column.masked_fill(column >= known, _PADDING), position.masked_fill(is_real == 0, _PADDING)]
+        block = _Prompts(numbers, torch.cat(columns, dim=1).to(self.device))
         if any(pasts):
-            column = torch.arange(int(known.max())).expand(len(prompts), -1)
-            column = column.masked_fill(column >= known, _PADDING).to(self.device)
-            block.position = torch.cat([column, block.position], dim=1)
             layers, _, heads, dim, _ = self.keys.shape
-            keys = self.keys.new_zeros(layers, len(prompts), heads, dim, column.shape[1])
-            values = self.values.new_zeros(layers, len(prompts), heads, column.shape[1], dim)
-            for p, past in enumerate(pasts):
-                if past:
-                    keys[:, p, ..., : len(past)], values[:, p, :, : len(past)] = self.sampler.kept[past]
-            block.past = keys, values
+            nothing = self.keys.new_zeros(0, 2, layers, heads, dim)
+            found = pad_sequence([kept.get(past, nothing) for past in pasts])  # [W, P, 2, layers, H_kv, D]
+            block.past = found.permute(2, 3, 1, 4, 0, 5)
             for past in pasts:
-                self.sampler.kept.pop(past, None)
+                kept.pop(past, None)
         self.prefilling = block
         hidden = self._forward(ids.to(self.device), position.to(self.device))
-        self.prefilling = None
-        block.past = None
-        if (is_seen := block.position < _PADDING).logical_not().any():
-            block.mask = self._additive(is_seen)
+        self.prefilling = block.past = None
+        if (block.position == _PADDING).any():
+            block.mask = torch.where(block.position < _PADDING, 0.0, -math.inf)
         last = is_real.sum(1).to(self.device) - 1
         return block, hidden[torch.arange(len(prompts), device=self.device), last]
 
     def decode(self) -> None:
-        """One token for every live row; on CUDA eight before the host looks again."""
-        if self.device.type == "cpu":
-            self.visible = int((self.length - self.offset)[: self.rows].max()) + 1
+        """One token for every live row; where steps are graphs, eight before the host looks again."""
+        longest = int((self.length - self.offset)[: self.rows].max()) + 1
+        if not self.sampler.uses_graphs:
+            self.visible = longest
             self._advance(self.rows)
             return
-        rows = min(self.capacity, 1 << (self.rows - 1).bit_length())  # free slots are decoded idly, as done rows
-        for _ in range(8):
+        rows = min(self.capacity, 1 << (self.rows - 1).bit_length())  # free slots are decoded idly
+        for ahead in range(8):
+            self.visible = min(self.width, max(128, 1 << (longest + ahead - 1).bit_length()))
             self._replay(rows)
 
     def _advance(self, rows: int) -> None:
         self.place = (self.length - self.offset)[:rows]
-        is_even = self.device.type == "cpu" and int(self.place.min()) == self.visible - 1
+        is_even = not self.sampler.uses_graphs and int(self.place.min()) == self.visible - 1
         column = torch.arange(self.visible, device=self.device)
-        self.mask = None if is_even else self._additive(column <= self.place[:, None])
+        self.mask = None if is_even else torch.where(column <= self.place[:, None], 0.0, -math.inf)
         token, position = self.token[:rows], self.length[:rows]
         if self.sampler.model.config.model_type in _LLAMA_FAMILY:
             hidden = _decode_llama(self.sampler.model.base_model, token, position, self.attend_one)
         else:
             hidden = self._forward(token[:, None], position[:, None])[:, 0]
-        self.length[:rows] += (~self.done[:rows]).long()
+        self.length[:rows] += self.sequence[:rows] < self.total
         self._draw(hidden, slice(0, rows))
 
     def _replay(self, rows: int) -> None:
         """One decoding step as a CUDA graph, captured once per number of rows, width and temperature."""
-        self.longest += 1
-        self.visible = min(self.width, max(128, 1 << self.longest.bit_length()))
         key = (rows, self.visible, self.temperature)
         if key not in self.graphs:
-            state = (self.token, self.length, self.count, self.done, self.ids, self.logprobs, self.stopped)
+            state = (self.token, self.length, self.sequence, self.count, self.stopped, self.ids, self.logprobs)
             before = [t.clone() for t in state]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # a first pass off the graph: libraries set up their workspaces in it
                 self._advance(rows)
             torch.cuda.current_stream().wait_stream(stream)
+            # One pool for all: they are replayed one after the other, and what lasts lies outside of it.
+            pool = next((graph.pool() for graph in self.graphs.values()), None)
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            with torch.cuda.graph(self.graphs[key], pool=pool):
                 self._advance(rows)
             for tensor, value in zip(state, before):
                 tensor.copy_(value)
@@ -462,36 +454,33 @@ class _Slots:
     def _draw(self, hidden: torch.Tensor, rows: slice) -> None:
         sampler = self.sampler
         logits = head_logits(hidden, sampler.head_weight, sampler.head_bias, sampler.dtype, sampler.logit_shape)
-        sequence, count, done = self.sequence[rows], self.count[rows], self.done[rows]
+        sequence = self.sequence[rows]
+        count, budget = self.count[sequence], self.budget[sequence]
         if self.temperature == 0:
             token = logits.argmax(-1)
             logprobs = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         else:
-            uniform = self.uniforms[sequence, count.clamp(max=self.columns - 1)]
-            token, logprobs = draw(logits.div_(self.temperature), uniform)
-        column = count.masked_fill(done, self.columns)
-        self.ids[sequence, column] = token
-        self.logprobs[sequence, column] = logprobs
-        stopped = torch.isin(token, self.sampler.stop_ids) & ~done
-        self.stopped[sequence.masked_fill(done, self.total)] = stopped  # a row that idles may name a live one's sample
+            token, logprobs = draw(logits.div_(self.temperature), self.uniforms[sequence, count])
+        stopped = torch.isin(token, sampler.stop_ids)
         self.token[rows] = token
-        self.count[rows] += (~done).long()
-        self.done[rows] = done | stopped | (self.count[rows] >= self.budget[sequence])
+        self.ids[sequence, count] = token
+        self.logprobs[sequence, count] = logprobs
+        self.stopped[sequence] = stopped.long()
+        self.count[sequence] = torch.minimum(count + 1, budget)  # 0 for rows that idle
+        self.sequence[rows] = sequence.masked_fill(stopped | (count + 1 >= budget), self.total)
 
     def release(self) -> int:
         """Move live rows into the slots of finished ones. Returns how many samples have ended since the last call.
 
         Moving a row costs about as much as computing a finished one for a while, so it waits for an eighth of them.
         """
-        done = self.done[: self.rows].tolist()
+        done = (self.sequence[: self.rows] == self.total).tolist()
         finished = [row for row, is_done in enumerate(done) if is_done]
         if len(finished) < max(1, self.rows // 8):
             return 0
-        counts = self.count[: self.rows].tolist()
-        for row in finished:
-            self.drawn[self.samples[row]] = counts[row]
-            if self.keep:
-                self._keep(row, counts[row])
+        if self.keep:
+            for row in finished:
+                self._keep(row)
         live = self.rows - len(finished)
         holes = [row for row in finished if row < live]
         movers = [row for row in range(live, self.rows) if not done[row]]
@@ -501,12 +490,11 @@ class _Slots:
             for keys, values in zip(self.keys, self.values):
                 keys[to, ..., :used] = keys[source, ..., :used]
                 values[to, :, :used] = values[source, :, :used]
-            for state in (self.token, self.length, self.offset, self.sequence, self.count):
+            for state in (self.token, self.length, self.offset, self.sequence):
                 state[to] = state[source]
             for hole, mover in zip(holes, movers):
                 self.samples[hole] = self.samples[mover]
-        self.done[:live] = False
-        self.done[live : self.rows] = True
+        self.sequence[live : self.rows] = self.total
         self.rows, self.samples = live, self.samples[:live]
         self._arrange()
         return len(finished)
@@ -517,48 +505,41 @@ class _Slots:
         for row, sample in enumerate(self.samples):
             rows_of.setdefault(sample // self.group, []).append(row)
         grid: list[int] = []
-        self.sizes, kept = [], []
+        self.sizes_of_blocks = []
+        self.blocks = [block for block in self.blocks if not rows_of.keys().isdisjoint(block.numbers)]
         for block in self.blocks:
             alive = [p for p, number in enumerate(block.numbers) if number in rows_of]
-            if not alive:
-                continue
             if len(alive) < len(block.numbers):
                 block.numbers = [block.numbers[p] for p in alive]
                 block.keys, block.values = ([x[alive] for x in layers] for layers in (block.keys, block.values))
                 block.position = block.position[alive]
                 block.mask = None if block.mask is None else block.mask[alive]
-            widest = max(len(rows_of[number]) for number in block.numbers)
-            for number in block.numbers:
-                grid += (rows_of[number] + [rows_of[number][0]] * widest)[:widest]
-            self.sizes.append(widest * len(block.numbers))
-            kept.append(block)
-        self.blocks = kept
+            rows = [rows_of[number] for number in block.numbers]
+            widest = max(map(len, rows))
+            for some in rows:
+                grid += some + some[:1] * (widest - len(some))
+            self.sizes_of_blocks.append(widest * len(rows))
         where = {row: i for i, row in enumerate(grid)}
         self.grid = torch.tensor(grid, dtype=torch.long)
-        self.back = torch.tensor([where[row] for row in range(self.rows)] if grid else [], dtype=torch.long)
+        self.back = torch.tensor([where[row] for row in range(len(where))], dtype=torch.long)
 
-    def _keep(self, row: int, count: int) -> None:
+    def _keep(self, row: int) -> None:
         """Hold on to the keys and values of a finished row's text; its last token, never fed, has none."""
         sample = self.samples[row]
-        prompt = self.prompts[sample // self.group]
-        used = count - 1 + (0 if self.shared else len(prompt))
-        keys, values = self.keys[:, row, ..., :used], self.values[:, row, :, :used]
+        number, count = sample // self.group, int(self.count[sample]) - 1
+        text = tuple(self.prompts[number] + self.ids[sample, :count].tolist())
+        used = len(text) - int(self.offset[row])
+        keys, values = self.keys[:, row, ..., :used].mT, self.values[:, row, :, :used]  # [layers, H_kv, W, D]
         if self.shared:
-            block = next(b for b in self.blocks if sample // self.group in b.numbers)
-            p = block.numbers.index(sample // self.group)
-            columns = (block.position[p] < _PADDING).nonzero()[:, 0]
-            keys = torch.cat([torch.stack([x[p] for x in block.keys])[..., columns], keys], dim=3)
+            block = next(block for block in self.blocks if number in block.numbers)
+            p = block.numbers.index(number)
+            columns = block.position[p] < _PADDING
+            keys = torch.cat([torch.stack([x[p].mT for x in block.keys])[:, :, columns], keys], dim=2)
             values = torch.cat([torch.stack([x[p] for x in block.values])[:, :, columns], values], dim=2)
         kept = self.sampler.kept
-        kept[tuple(prompt + self.ids[sample, : count - 1].tolist())] = keys.clone(), values.clone()
-        while sum(keys.nbytes + values.nbytes for keys, values in kept.values()) > self.memory:
+        kept[text] = torch.stack([keys, values]).permute(3, 0, 1, 2, 4).contiguous()
+        while kept and self.sampler.room() < self.keys.nbytes + self.values.nbytes:
             kept.pop(next(iter(kept)))  # the oldest
-
-
-def _free_cuda_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, those that PyTorch keeps for tensors to come included."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _attention(query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -575,8 +556,8 @@ def _attention(query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor]:
     highest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = torch.bmm(weights.to(values.dtype).flatten(0, 1), values.flatten(0, 1)).view(query.shape)
-    return out / total.to(out.dtype), (highest + total.log())[..., 0]
+    out = torch.bmm(weights.to(values.dtype).flatten(0, 1), values.flatten(0, 1), **as_float32).view(query.shape)
+    return (out / total).to(query.dtype), (highest + total.log())[..., 0]
 
 
 def _decode_llama(model, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
@@ -731,21 +712,17 @@ def sample_answers(sampler, tokenizer, questions, sampling: tuple, rank: int, wo
     mine = [questions[i] for i in places]
     prompts = [question["ids"] for question in mine]
     with tqdm(total=len(mine) * (num_samples + greedy), desc="sampling", leave=False, disable=None) as bar:
-        groups = sampler.generate(prompts, budget, num_samples, temperature, seed, places, bar.update)
+        groups = sampler.generate(prompts, budget, num_samples, temperature, seed, places, progress=bar.update)
         if greedy:
             best = sampler.generate(prompts, budget, temperature=0.0, indices=places, progress=bar.update)
             groups = [group + one for group, one in zip(groups, best)]
-    return {
-        place: (
-            question,
-            group,
-            [question["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for c in group],
-        )
-        for place, question, group in zip(places, mine, groups)
-    }
+    answered = {}
+    for place, question, group in zip(places, mine, groups):
+        texts = [question["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
+        answered[place] = question, group, texts
+    return answered
 
 
-@torch.no_grad()
 def evaluate_answers(
     sampler,
     tokenizer,
@@ -757,8 +734,8 @@ def evaluate_answers(
     rank: int,
     world: int,
 ) -> tuple[dict, list[dict]]:
-    """Answer held-out questions `num_samples` times at `temperature` and once greedily, each process its share of them.
-    Returns `answer_metrics`."""
+    """`answer_metrics` of held-out questions, each answered `num_samples` times at `temperature` and once greedily; the
+    processes share them."""
     sampler.sync()
     sampling = (max_tokens, num_samples, temperature, seed)
     answered = sample_answers(sampler, tokenizer, questions, sampling, rank, world, greedy=True)

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from functools import partial
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -133,22 +134,22 @@ def load_scalar_model(path: str, device, gradient_checkpointing=False, flag="--m
 def shard(model, world: int):
     """Spread parameters, gradients and optimizer state over `world` processes, layer by layer (FSDP2), in place.
     Returns `model`, unchanged for one process. Weights are gathered in float32 and rounded by autocast, as in one
-    process: only the order of sums differs.
-
-    With bfloat16 and without --gradient-checkpointing, each process keeps the rounded copy of all weights from the
-    forward to the backward.
-    """
+    process: only the order of sums differs. With bfloat16 and without --gradient-checkpointing, each process keeps the
+    rounded copy of all weights from the forward to the backward."""
     if world > 1:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)
         fully_shard(model)
-        forwards = {"sharded_token_logprobs": local_token_logprobs, "sharded_scores": local_scores}
-        for name, forward in forwards.items():  # FSDP gathers weights only around methods registered with it
-            setattr(model, name, partial(forward, model))
-            register_fsdp_forward_method(model, name)
+        model.with_weights = lambda read: read()
+        register_fsdp_forward_method(model, "with_weights")
     return model
+
+
+def with_weights(model, read: Callable):
+    """What `read()` finds; FSDP gathers the weights of a sharded model only around methods registered with it."""
+    return model.with_weights(read) if hasattr(model, "with_weights") else read()
 
 
 def clip_gradients(model, max_norm: float) -> float:
@@ -185,17 +186,6 @@ def layout_attention(module, query, key, value, attention_mask, scaling=None, la
     return layout.attend(module.layer_idx, query, key, value, scaling, window), None
 
 
-class _Probe:
-    """A layout that notes what each layer brings, and attends as a short causal text does."""
-
-    def __init__(self):
-        self.asked: list[tuple] = []  # (layer, shape of its keys, shape of its values, whether it has a window)
-
-    def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
-        self.asked.append((layer, tuple(key.shape), tuple(value.shape), window is not None))
-        return grouped_attention(query, key, value, None, scaling).transpose(1, 2)
-
-
 @torch.no_grad()
 def use_layout(model) -> None:
     """Let each batch's layout decide the attention of `model`, if every layer of it is plain attention.
@@ -215,27 +205,27 @@ def use_layout(model) -> None:
     can_be = model._supports_sdpa and model._supports_attention_backend and not model._is_stateful
     if not can_be or not set(kinds) <= {"full_attention", "sliding_attention"}:  # chunks show in longer texts only
         return
-    ids, probe = short_text(model), _Probe()
-    layout = layout_arguments(probe, ids.device) | {"position_ids": torch.arange(4, device=ids.device)[None]}
+    asked = []
+
+    def attend(layer: int, query, key, value, scaling, window) -> torch.Tensor:
+        asked.append((layer, key.shape, value.shape, window is not None))
+        return grouped_attention(query, key, value, None, scaling).transpose(1, 2)
+
+    ids = torch.arange(4, device=model.device)[None]
+    layout = layout_arguments(SimpleNamespace(attend=attend), model.device)
     try:
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         model.set_attn_implementation("layout")
-        found = model.base_model(input_ids=ids, **layout).last_hidden_state
+        found = model.base_model(input_ids=ids, position_ids=ids, **layout).last_hidden_state
         is_same = not differ(found, expected)
     except Exception:  # models have many ways of not being like the others
         is_same = False
     is_windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     windowed = [kind == "sliding_attention" for kind in kinds] or [bool(is_windowed)] * config.num_hidden_layers
     heads, dim = heads_and_dim(config)
-    shape = (1, heads, ids.shape[1], dim)
-    if not is_same or probe.asked != [(i, shape, shape, has_window) for i, has_window in enumerate(windowed)]:
+    shape = (1, heads, 4, dim)
+    if not is_same or asked != [(i, shape, shape, has_window) for i, has_window in enumerate(windowed)]:
         model.set_attn_implementation(own)
-
-
-def short_text(model) -> torch.Tensor:
-    """Four token ids [1, 4] on the model's device."""
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.arange(4, device=next(model.parameters()).device)[None] % vocabulary
 
 
 def differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -301,17 +291,14 @@ def grouped_attention(query, key, value, mask, scaling) -> torch.Tensor:
 
 
 def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every scored token of a packed row, and the entropy of the distribution it came from.
+    """Log-probability [S], with gradient, of every scored token of a packed row, and the entropy [S] in nats, without,
+    of the distribution it came from; float32. Logits are divided by `temperature`, as they were in sampling."""
 
-    Args:
-        model: a causal language model that has been through `use_layout`.
-        temperature: logits are divided by it, as they were in sampling; 1 for likelihood training.
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden_states(model, batch)[batch.sources]
+        return head_logprobs(model.get_output_embeddings(), hidden, batch.targets, temperature, logit_shape(model))
 
-    Returns: `logprobs` [S] with gradient, `entropy` [S] in nats without, both float32.
-    """
-    if hasattr(model, "sharded_token_logprobs"):
-        return model.sharded_token_logprobs(batch, temperature)
-    return local_token_logprobs(model, batch, temperature)
+    return with_weights(model, read)
 
 
 def completion_logprobs(
@@ -321,12 +308,14 @@ def completion_logprobs(
     completions: list[list[int]],
     temperature: float = 1.0,
     bfloat16: bool = False,
+    masks: list[list[bool]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [b, T] with gradient, and entropies [b, T] without, of the completions `rows` given their
-    prompts; float32, zero behind a completion. T is the longest of all `completions`, in `rows` or not. Neighbours with
-    equal prompts share the prompt's forward and backward."""
-    device, width = next(model.parameters()).device, max(map(len, completions))
-    packed = pack_completions([prompts[i] for i in rows], [completions[i] for i in rows]).to(device)
+    prompts, or of those tokens that `masks` names; float32, zero behind a completion. T is the most of any row, in
+    `rows` or not. Neighbours with equal prompts share the prompt's forward and backward."""
+    device, width = next(model.parameters()).device, max(map(sum, masks) if masks else map(len, completions))
+    chosen = masks and [masks[i] for i in rows]
+    packed = pack_completions([prompts[i] for i in rows], [completions[i] for i in rows], chosen).to(device)
     # A forward needs each weight once: a cache of their bfloat16 copies would only take memory.
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
         logprobs, entropy = token_logprobs(model, packed, temperature)
@@ -368,12 +357,6 @@ def score_answers(model, example, wanted, max_tokens: int, bfloat16: bool, which
     if world > 1:
         dist.all_reduce(found)
     return found
-
-
-def local_token_logprobs(model, batch: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs` of a model whose weights this process holds, or has gathered."""
-    hidden = hidden_states(model, batch)[batch.sources]
-    return head_logprobs(model.get_output_embeddings(), hidden, batch.targets, temperature, logit_shape(model))
 
 
 def hidden_states(model, batch: Packed) -> torch.Tensor:
@@ -418,7 +401,7 @@ def logit_shape(model) -> LogitShape:
 @torch.no_grad()
 def has_known_logits(model) -> bool:
     """Whether the model's own logits are those which `head_logits` gives, tried on one short text."""
-    ids, head = short_text(model), model.get_output_embeddings()
+    ids, head = torch.arange(4, device=model.device)[None], model.get_output_embeddings()
     if head is None:
         return False
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -477,13 +460,11 @@ class _HeadLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
             if slope is not None:
                 grad_logits.mul_(slope)
-            grad_hidden[rows] = matrix_product(grad_logits, factor, ctx.dtype).to(hidden.dtype)
+            grad_hidden[rows] = matrix_product(grad_logits, factor, ctx.dtype)
             if grad_weight is not None:
                 matrix_product(grad_logits.T, hidden[rows], ctx.dtype, onto=grad_weight)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
@@ -561,16 +542,13 @@ def aggregate_scores(scores: torch.Tensor, how: str = "mean", penalty: float = 0
 def token_scores(model, batch: Packed, places: torch.Tensor) -> torch.Tensor:
     """Outputs of a scalar head at `places` [S] of a packed row: [S] in float32, in which the head runs, because rounded
     scores tie."""
-    return (
-        model.sharded_scores(batch, places) if hasattr(model, "sharded_scores") else local_scores(model, batch, places)
-    )
 
+    def read() -> torch.Tensor:
+        hidden = hidden_states(model, batch)[places]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return model.score(hidden.float())[:, 0]
 
-def local_scores(model, batch: Packed, places: torch.Tensor) -> torch.Tensor:
-    """`token_scores` of a model whose weights this process holds, or has gathered."""
-    hidden = hidden_states(model, batch)[places]
-    with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.float())[:, 0]
+    return with_weights(model, read)
 
 
 class RewardModel:
@@ -598,26 +576,19 @@ class RewardModel:
         prompt = first_of(row, "prompt", "question", "problem")
         rows = [encode_answered(self.tokenizer, prompt, text)[-self.context :] for text in texts]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
-            logits = torch.stack([self.logits(model, rows) for model in self.members])  # [N, G]
-        mean, std = (
-            torch.tensor([getattr(model.config, name, default) for model in self.members], device=self.device)[:, None]
-            for name, default in (("reward_mean", 0.0), ("reward_std", 1.0))
-        )
-        return aggregate_scores((logits - mean) / std, self.ensemble).cpu()
+            scores = torch.stack([self.scores(model, rows) for model in self.members])  # [N, G]
+        return aggregate_scores(scores, self.ensemble).cpu()
 
-    def logits(self, model, rows: list[list[int]]) -> torch.Tensor:
-        """Raw scores [B] of `rows` by one member: packed if its head is linear, else one row at a time."""
-        found, is_linear = (
-            torch.zeros(len(rows), device=self.device),
-            isinstance(getattr(model, "score", None), torch.nn.Linear),
-        )
-        for part in split_by_tokens(rows, self.max_tokens if is_linear else 1):
-            if is_linear:
-                found[part] = token_scores(model, *pack_whole([rows[i] for i in part], self.device))
-            else:
-                with torch.autocast(self.device.type, enabled=False):
-                    found[part] = model(input_ids=torch.tensor([rows[part[0]]], device=self.device)).logits[0]
-        return found
+    def scores(self, model, rows: list[list[int]]) -> torch.Tensor:
+        """Normalised scores [B] of `rows` by one member: packed if its head is linear, else one row at a time."""
+        if isinstance(getattr(model, "score", None), torch.nn.Linear):
+            parts = split_by_tokens(rows, self.max_tokens)
+            found = [token_scores(model, *pack_whole([rows[i] for i in part], self.device)) for part in parts]
+        else:
+            with torch.autocast(self.device.type, enabled=False):
+                found = [model(input_ids=torch.tensor([row], device=self.device)).logits[0] for row in rows]
+        mean, std = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0)
+        return (torch.cat(found) - mean) / std
 
 
 def pack_whole(rows: list[list[int]], device) -> tuple[Packed, torch.Tensor]:
@@ -635,13 +606,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     `estimator` is k1, k2 or k3; the module's docstring says what the gradient of each means.
     """
     d = logprobs - ref_logprobs
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return d.square() / 2
-    if estimator == "k3":
-        return torch.expm1(-d) + d
-    raise ValueError(f"estimator must be k1, k2 or k3, not {estimator!r}")
+    return {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[estimator]
 
 
 def masked_moments(values: torch.Tensor, mask: torch.Tensor, add_up=lambda sums: sums) -> tuple[float, float]:
