@@ -186,25 +186,21 @@ class Sampler:
 
         results = []
         stops = self.stop_ids.tolist()
+        options = {"eos_token_id": stops, "pad_token_id": stops[0], "num_return_sequences": num_samples}
+        options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": temperature > 0}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # no penalties, no min_p
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for i, (prompt, budget) in enumerate(zip(prompts, budgets)):
                 torch.manual_seed((seed * 1_000_003 + numbers[i * num_samples]) % 2**63)
                 ids = torch.tensor([prompt], device=self.device)
-                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                out = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=budget, num_return_sequences=num_samples,
-                    eos_token_id=stops, pad_token_id=stops[0], return_dict_in_generate=True, output_logits=True,
-                    **(sampling if temperature > 0 else {"do_sample": False}),
-                )  # fmt: skip
-                drawn, logits = (
-                    out.sequences[:, len(prompt) :],
-                    (step.float() / (temperature or 1) for step in out.logits),
-                )
-                surprise = [F.cross_entropy(x, tokens, reduction="none") for x, tokens in zip(logits, drawn.T)]
-                for row, logprobs in zip(drawn.tolist(), torch.stack(surprise, dim=1).neg().tolist()):
+                out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=budget, **options)
+                drawn, logits = out.sequences[:, len(prompt) :], torch.stack(out.logits, dim=2)  # [G, T], [G, V, T]
+                logprobs = -F.cross_entropy(logits.float() / (temperature or 1), drawn, reduction="none")
+                for row, scores in zip(drawn.tolist(), logprobs.tolist()):
                     end = next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
-                    results.append(Completion(row[:end], logprobs[:end], row[end - 1] in stops))
+                    results.append(Completion(row[:end], scores[:end], row[end - 1] in stops))
                 progress(num_samples)
         self.model.generation_config = own
         return results
@@ -212,11 +208,8 @@ class Sampler:
 
 def _uniforms(numbers: list[int], columns: int, seed: int) -> torch.Tensor:
     """[rows, columns] in [0, 1): a row depends on the seed and on the number of its sample alone."""
-    generator = torch.Generator()
-    return torch.stack([
-        torch.rand(columns, generator=generator.manual_seed((seed * 1_000_003 + number * 7919) % 2**63))
-        for number in numbers
-    ])  # fmt: skip
+    seeds, generator = [(seed * 1_000_003 + number * 7919) % 2**63 for number in numbers], torch.Generator()
+    return torch.stack([torch.rand(columns, generator=generator.manual_seed(one)) for one in seeds])
 
 
 SHARE_FROM = 2**21  # bytes of keys and values per layer, over all samples, from which prompts are read once only
@@ -226,7 +219,7 @@ _PADDING = 2**40  # the place of a column that no query may see
 
 @dataclass
 class _Prompts:
-    """P prompts of about the same length as their prefill left them, in W columns."""
+    """P prompts of about the same length as their prefill leaves them, in W columns; it is the `layout` of that."""
 
     numbers: list[int]  # which prompt of the call each is
     position: torch.Tensor  # [P, W] place of each column in its prompt, or _PADDING
@@ -234,6 +227,19 @@ class _Prompts:
     values: list[torch.Tensor] = field(default_factory=list)  # [P, H_kv, W, D]
     past: torch.Tensor | None = None  # [2, layers, P, H_kv, W, D] kept keys and values of the first columns
     mask: torch.Tensor | None = None  # [P, W] to add to the scores of any later query, None for nothing
+
+    def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
+        """What `layout_attention` asks of a layout. query [P, H, T, D]; returns [P, T, H, D]."""
+        mask = None
+        if self.past is not None:
+            key, value = (torch.cat([past[layer], new], dim=2) for past, new in zip(self.past, (key, value)))
+        self.keys.append(key.mT.contiguous())
+        self.values.append(value)
+        is_windowed = window is not None and window < key.shape[2]
+        if self.past is not None or is_windowed:
+            distance = self.position[:, -query.shape[2] :, None] - self.position[:, None]  # [P, T, W]
+            mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
+        return grouped_attention(query, key, value, mask, scaling).transpose(1, 2)
 
 
 class _Slots:
@@ -269,7 +275,6 @@ class _Slots:
         self.logprobs, self.uniforms = torch.zeros(2, total + 1, columns, device=self.device)
         self.index = torch.arange(self.capacity, device=self.device)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.prefilling: _Prompts | None = None
 
     def run(self, prompts, budgets, num_samples, temperature, uniforms, keep, progress) -> list[Completion]:
         """The samples of all prompts by number: prompt i has the samples i·G … i·G + G − 1."""
@@ -301,9 +306,7 @@ class _Slots:
     # ------------------------------------------------------------------ attention
 
     def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
-        """What `layout_attention` asks of a layout. query [R, H, T, D]; returns [R, T, H, D]."""
-        if self.prefilling is not None:
-            return self._attend_prefill(layer, query, key, value, scaling, window)
+        """What `layout_attention` asks of a layout. query [R, H, 1, D]; returns [R, 1, H, D]."""
         return self.attend_one(layer, *(x[:, :, 0] for x in (query, key, value)), scaling, window)[:, None]
 
     def attend_one(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
@@ -335,18 +338,6 @@ class _Slots:
             lses.append(lse.view(asked.shape[:-1]).transpose(1, 2).flatten(0, 1))
         prompt, prompt_lse = torch.cat(outs)[self.back], torch.cat(lses)[self.back]
         return prompt.lerp(own, (own_lse - prompt_lse).sigmoid().to(own.dtype)[..., None])
-
-    def _attend_prefill(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
-        block, mask = self.prefilling, None
-        if block.past is not None:
-            key, value = (torch.cat([past[layer], new], dim=2) for past, new in zip(block.past, (key, value)))
-        block.keys.append(key.mT.contiguous())
-        block.values.append(value)
-        is_windowed = window is not None and window < key.shape[2]
-        if block.past is not None or is_windowed:
-            distance = block.position[:, -query.shape[2] :, None] - block.position[:, None]  # [P, T, W]
-            mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
-        return grouped_attention(query, key, value, mask, scaling).transpose(1, 2)
 
     # ------------------------------------------------------------------ rows come, advance and go
 
@@ -394,9 +385,8 @@ class _Slots:
             block.past = found.permute(2, 3, 1, 4, 0, 5)
             for past in pasts:
                 kept.pop(past, None)
-        self.prefilling = block
-        hidden = self._forward(ids.to(self.device), position.to(self.device))
-        self.prefilling = block.past = None
+        hidden = self._forward(ids.to(self.device), position.to(self.device), block)
+        block.past = None
         if (block.position == _PADDING).any():
             block.mask = torch.where(block.position < _PADDING, 0.0, -math.inf)
         last = is_real.sum(1).to(self.device) - 1
@@ -423,33 +413,30 @@ class _Slots:
         if self.sampler.model.config.model_type in _LLAMA_FAMILY:
             hidden = _decode_llama(self.sampler.model.base_model, token, position, self.attend_one)
         else:
-            hidden = self._forward(token[:, None], position[:, None])[:, 0]
+            hidden = self._forward(token[:, None], position[:, None], self)[:, 0]
         self.length[:rows] += self.sequence[:rows] < self.total
         self._draw(hidden, slice(0, rows))
 
     def _replay(self, rows: int) -> None:
         """One decoding step as a CUDA graph, captured once per number of rows, width and temperature."""
         key = (rows, self.visible, self.temperature)
-        if key not in self.graphs:
-            state = (self.token, self.length, self.sequence, self.count, self.stopped, self.ids, self.logprobs)
-            before = [t.clone() for t in state]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a first pass off the graph: libraries set up their workspaces in it
-                self._advance(rows)
-            torch.cuda.current_stream().wait_stream(stream)
-            # One pool for all: they are replayed one after the other, and what lasts lies outside of it.
-            pool = next((graph.pool() for graph in self.graphs.values()), None)
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=pool):
-                self._advance(rows)
-            for tensor, value in zip(state, before):
-                tensor.copy_(value)
-        self.graphs[key].replay()
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # this step off the graph: libraries set up their workspaces in it
+            self._advance(rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        # One pool for all: they are replayed one after the other, and what lasts lies outside of it.
+        pool = next((graph.pool() for graph in self.graphs.values()), None)
+        self.graphs[key] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[key], pool=pool):  # what is captured does not run
+            self._advance(rows)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, layout: _Prompts | _Slots) -> torch.Tensor:
         model = self.sampler.model.base_model
-        return model(input_ids=ids, position_ids=positions, **layout_arguments(self, self.device)).last_hidden_state
+        return model(input_ids=ids, position_ids=positions, **layout_arguments(layout, self.device)).last_hidden_state
 
     def _draw(self, hidden: torch.Tensor, rows: slice) -> None:
         sampler = self.sampler

@@ -302,13 +302,7 @@ def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[torc
 
 
 def completion_logprobs(
-    model,
-    rows: list[int],
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    temperature: float = 1.0,
-    bfloat16: bool = False,
-    masks: list[list[bool]] | None = None,
+    model, rows: list[int], prompts, completions, temperature: float = 1.0, bfloat16: bool = False, masks=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [b, T] with gradient, and entropies [b, T] without, of the completions `rows` given their
     prompts, or of those tokens that `masks` names; float32, zero behind a completion. T is the most of any row, in
