@@ -24,6 +24,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -615,18 +616,14 @@ def final_answer(text: str) -> str | None:
 
 def _last_box(text: str) -> str | None:
     """What stands in the last \\boxed, with braces that match or without any."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
+    *before, rest = re.split(r"\\(?:boxed|fbox)\s*", text)
+    if not before:
         return None
-    rest = text[start:].partition("box")[2].removeprefix("ed").lstrip()
     if not rest.startswith("{"):
         return re.match(r"[^\s$]*", rest)[0] or None
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i]
-    return None
+    depths = accumulate((character == "{") - (character == "}") for character in rest)
+    end = next((i for i, depth in enumerate(depths) if depth == 0), 0)
+    return rest[1:end] if end else None
 
 
 # A sign stands behind no digit or letter; thousands come in threes; a fraction is no date.
