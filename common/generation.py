@@ -34,7 +34,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.kl import grouped_attention, head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
-from common.tokenizer import pad
 
 
 class Completion(NamedTuple):
@@ -164,7 +163,7 @@ class Sampler:
         """
         held = (0, 0, 0)
         if self.uses_graphs:
-            longest, columns = (n // 64 * 64 + 63 for n in (longest, columns))
+            longest, columns = (-(-n // 64) * 64 for n in (longest, columns))
             held = self.slots.sizes if self.slots else held
         sizes = tuple(map(max, (total, longest, columns), held))
         if sizes != held:
@@ -215,30 +214,34 @@ def _uniforms(numbers: list[int], columns: int, seed: int) -> torch.Tensor:
 
 SHARE_FROM = 2**21  # bytes of keys and values per layer, over all samples, from which prompts are read once only
 _LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # model types that `_decode_llama` computes
-_PADDING = 2**40  # the place of a column that no query may see
 
 
 @dataclass
 class _Prompts:
-    """P prompts of about the same length as their prefill leaves them, in W columns; it is the `layout` of that."""
+    """P prompts of about the same length, the longest of W tokens; the `layout` of their prefill, and what that leaves.
+
+    A column is the place of a token in its prompt. What stands behind a shorter prompt, no query of it sees.
+    """
 
     numbers: list[int]  # which prompt of the call each is
-    position: torch.Tensor  # [P, W] place of each column in its prompt, or _PADDING
+    width: int
+    position: torch.Tensor  # [P, T] of the tokens that are fed
+    past: torch.Tensor | None = None  # [2, layers, P, H_kv, …, D] kept keys and values before them, and room for theirs
     keys: list[torch.Tensor] = field(default_factory=list)  # of each layer [P, H_kv, D, W]
     values: list[torch.Tensor] = field(default_factory=list)  # [P, H_kv, W, D]
-    past: torch.Tensor | None = None  # [2, layers, P, H_kv, W, D] kept keys and values of the first columns
     mask: torch.Tensor | None = None  # [P, W] to add to the scores of any later query, None for nothing
 
     def attend(self, layer: int, query, key, value, scaling, window) -> torch.Tensor:
         """What `layout_attention` asks of a layout. query [P, H, T, D]; returns [P, T, H, D]."""
-        mask = None
         if self.past is not None:
-            key, value = (torch.cat([past[layer], new], dim=2) for past, new in zip(self.past, (key, value)))
+            place = self.position[:, None, :, None].expand_as(key)
+            key, value = (past[layer].scatter(2, place, new) for past, new in zip(self.past, (key, value)))
+            key, value = key[:, :, : self.width], value[:, :, : self.width]
         self.keys.append(key.mT.contiguous())
         self.values.append(value)
-        is_windowed = window is not None and window < key.shape[2]
+        mask, is_windowed = None, window is not None and window < self.width
         if self.past is not None or is_windowed:
-            distance = self.position[:, -query.shape[2] :, None] - self.position[:, None]  # [P, T, W]
+            distance = self.position[..., None] - torch.arange(self.width, device=key.device)  # [P, T, W]
             mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
         return grouped_attention(query, key, value, mask, scaling).transpose(1, 2)
 
@@ -262,8 +265,7 @@ class _Slots:
         # that merge two parts cost more than reading a short prompt once for each sample.
         can_share = not sampler.uses_graphs and not getattr(config, "sliding_window", None)
         self.shared = can_share and total * (longest - columns) * token_bytes >= SHARE_FROM
-        # One column more than any text has takes what is written for padding.
-        self.width = -(-(1 + (columns if self.shared else longest)) // 64) * 64
+        self.width = -(-(columns if self.shared else longest) // 64) * 64
         self.capacity = max(1, min(total, int(sampler.room() // (layers * token_bytes * self.width))))
         memory = {"dtype": sampler.dtype, "device": self.device}
         self.keys = torch.zeros(layers, self.capacity, heads, dim, self.width, **memory)
@@ -362,10 +364,9 @@ class _Slots:
             if self.shared:
                 self.blocks.append(block)
             else:
-                place = block.position.clamp(max=self.width - 1)[which]
                 for layer, (keys, values) in enumerate(zip(block.keys, block.values)):
-                    self.keys[layer, self.index[rows, None], :, :, place] = keys[which].permute(0, 3, 1, 2)
-                    self.values[layer, self.index[rows, None], :, place] = values[which].transpose(1, 2)
+                    self.keys[layer, rows, ..., :longest] = keys[which]
+                    self.values[layer, rows, :, :longest] = values[which]
             self._draw(hidden[which], rows)
         self._arrange()
 
@@ -373,25 +374,24 @@ class _Slots:
         """Keys and values of some prompts, and the hidden state [P, d] of the last token of each."""
         prompts, kept = [self.prompts[n] for n in numbers], self.sampler.kept
         pasts = [self.sampler.longest_kept(prompt) for prompt in prompts]
-        known = torch.tensor([len(past) for past in pasts])[:, None]
-        ids, is_real, position = pad([prompt[len(past) :] for prompt, past in zip(prompts, pasts)], 0)
-        position = position + known
-        column = torch.arange(int(known.max())).expand(len(prompts), -1)
-        columns = [column.masked_fill(column >= known, _PADDING), position.masked_fill(is_real == 0, _PADDING)]
-        block = _Prompts(numbers, torch.cat(columns, dim=1).to(self.device))
+        lengths, known = (torch.tensor(list(map(len, some)), device=self.device) for some in (prompts, pasts))
+        ids = [torch.tensor(prompt[len(past) :]) for prompt, past in zip(prompts, pasts)]
+        ids = pad_sequence(ids, batch_first=True).to(self.device)  # [P, T]
+        position = known[:, None] + torch.arange(ids.shape[1], device=self.device)
+        block = _Prompts(numbers, max(map(len, prompts)), position)
         if any(pasts):
             layers, _, heads, dim, _ = self.keys.shape
             nothing = self.keys.new_zeros(0, 2, layers, heads, dim)
             found = pad_sequence([kept.get(past, nothing) for past in pasts])  # [W, P, 2, layers, H_kv, D]
-            block.past = found.permute(2, 3, 1, 4, 0, 5)
+            block.past = F.pad(found.permute(2, 3, 1, 4, 0, 5), (0, 0, 0, ids.shape[1]))
             for past in pasts:
                 kept.pop(past, None)
-        hidden = self._forward(ids.to(self.device), position.to(self.device), block)
+        hidden = self._forward(ids, position.clamp(max=block.width - 1), block)
         block.past = None
-        if (block.position == _PADDING).any():
-            block.mask = torch.where(block.position < _PADDING, 0.0, -math.inf)
-        last = is_real.sum(1).to(self.device) - 1
-        return block, hidden[torch.arange(len(prompts), device=self.device), last]
+        if lengths.min() < block.width:
+            column = torch.arange(block.width, device=self.device)
+            block.mask = torch.where(column < lengths[:, None], 0.0, -math.inf)
+        return block, hidden[torch.arange(len(prompts), device=self.device), lengths - known - 1]
 
     def decode(self) -> None:
         """One token for every live row; where steps are graphs, eight before the host looks again."""
@@ -500,7 +500,6 @@ class _Slots:
             if len(alive) < len(block.numbers):
                 block.numbers = [block.numbers[p] for p in alive]
                 block.keys, block.values = ([x[alive] for x in layers] for layers in (block.keys, block.values))
-                block.position = block.position[alive]
                 block.mask = None if block.mask is None else block.mask[alive]
             rows = [rows_of[number] for number in block.numbers]
             widest = max(map(len, rows))
@@ -520,10 +519,9 @@ class _Slots:
         keys, values = self.keys[:, row, ..., :used].mT, self.values[:, row, :, :used]  # [layers, H_kv, W, D]
         if self.shared:
             block = next(block for block in self.blocks if number in block.numbers)
-            p = block.numbers.index(number)
-            columns = block.position[p] < _PADDING
-            keys = torch.cat([torch.stack([x[p].mT for x in block.keys])[:, :, columns], keys], dim=2)
-            values = torch.cat([torch.stack([x[p] for x in block.values])[:, :, columns], values], dim=2)
+            p, length = block.numbers.index(number), len(self.prompts[number])
+            keys = torch.cat([torch.stack([x[p, ..., :length].mT for x in block.keys]), keys], dim=2)
+            values = torch.cat([torch.stack([x[p, :, :length] for x in block.values]), values], dim=2)
         kept = self.sampler.kept
         kept[text] = torch.stack([keys, values]).permute(3, 0, 1, 2, 4).contiguous()
         while kept and self.sampler.room() < self.keys.nbytes + self.values.nbytes:
