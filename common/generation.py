@@ -706,15 +706,7 @@ def sample_answers(sampler, tokenizer, questions, sampling: tuple, rank: int, wo
 
 
 def evaluate_answers(
-    sampler,
-    tokenizer,
-    questions,
-    max_tokens: int,
-    num_samples: int,
-    temperature: float,
-    seed: int,
-    rank: int,
-    world: int,
+    sampler, tokenizer, questions, max_tokens: int, num_samples: int, temperature: float, seed: int, rank, world
 ) -> tuple[dict, list[dict]]:
     """`answer_metrics` of held-out questions, each answered `num_samples` times at `temperature` and once greedily; the
     processes share them."""

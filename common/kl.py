@@ -135,10 +135,13 @@ def shard(model, world: int):
     """Spread parameters, gradients and optimizer state over `world` processes, layer by layer (FSDP2), in place.
     Returns `model`, unchanged for one process. Weights are gathered in float32 and rounded by autocast, as in one
     process: only the order of sums differs. With bfloat16 and without --gradient-checkpointing, each process keeps the
-    rounded copy of all weights from the forward to the backward."""
+    rounded copy of all weights from the forward to the backward. Exits with a sentence if rows cannot be packed."""
     if world > 1:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        if not supports_layout(model):  # each forward gathers weights: processes must make equally many
+            name = model.config.model_type
+            sys.exit(f"Several processes train packed rows only, and those of this {name} model are padded. Take one.")
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)
         fully_shard(model)
@@ -355,17 +358,10 @@ def score_answers(model, example, wanted, max_tokens: int, bfloat16: bool, which
 
 def hidden_states(model, batch: Packed) -> torch.Tensor:
     """Last hidden states [N, d] of a packed row. Models that `layout_attention` cannot serve get each text as a row of
-    its own, padded on the right, where a causal model does not see it; sharded, they exit with a sentence."""
+    its own, padded on the right, where a causal model does not see it."""
     if supports_layout(model):
         layout = layout_arguments(batch, batch.ids.device)
         return model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, **layout).last_hidden_state[0]
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):  # each forward gathers weights: processes must make equally many
-        raise SystemExit(
-            f"Several processes train packed rows only, and those of this {model.config.model_type} model are padded. "
-            "Take one process."
-        )
     outputs = [
         model.base_model(input_ids=batch.ids[0, b.keys], use_cache=False).last_hidden_state[:, b.prefix_length :]
         for b in batch.blocks
@@ -386,10 +382,8 @@ PLAIN = LogitShape()
 def logit_shape(model) -> LogitShape:
     """The form of a model's logits: Cohere's are multiplied by a number, Granite's divided by one, Gemma's capped."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        scale = scale / divisor
-    return LogitShape(scale, getattr(config, "final_logit_softcapping", None))
+    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return LogitShape(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
