@@ -140,8 +140,10 @@ def shard(model, world: int):
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         if not supports_layout(model):  # each forward gathers weights: processes must make equally many
-            name = model.config.model_type
-            sys.exit(f"Several processes train packed rows only, and those of this {name} model are padded. Take one.")
+            kind = model.config.model_type
+            sys.exit(
+                f"Several processes train packed rows only; those of this {kind} model are padded. Take one process."
+            )
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)
         fully_shard(model)
