@@ -148,14 +148,15 @@ class Sampler:
         self.model.eval()
         if self.is_served:
             uniforms = _uniforms(numbers, max(budgets), seed)
-            slots = self._lay_out(len(numbers), max(len(p) + b for p, b in zip(prompts, budgets)), max(budgets))
+            longest, can_share = max(len(p) + b for p, b in zip(prompts, budgets)), num_samples > 1 and not keep
+            slots = self._lay_out(len(numbers), longest, max(budgets), can_share)
             flat = slots.run(prompts, budgets, num_samples, temperature, uniforms, keep, progress)
         else:
             flat = self._fall_back(prompts, budgets, num_samples, temperature, seed, numbers, progress)
         self.model.train(was_training)
         return [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
 
-    def _lay_out(self, total: int, longest: int, columns: int) -> _Slots:
+    def _lay_out(self, total: int, longest: int, columns: int, can_share: bool) -> _Slots:
         """Slots for `total` samples, texts of up to `longest` tokens and budgets of up to `columns`.
 
         Those of graphs must stay, and only grow. Others are each call's own, so that no sample depends, not even in the
@@ -168,7 +169,7 @@ class Sampler:
         sizes = tuple(map(max, (total, longest, columns), held))
         if sizes != held:
             self.slots = None  # gone before the next is there
-            self.slots = _Slots(self, *sizes)
+            self.slots = _Slots(self, *sizes, can_share)
         return self.slots
 
     def room(self) -> float:
@@ -256,14 +257,14 @@ class _Slots:
     are `shared`.
     """
 
-    def __init__(self, sampler: Sampler, total: int, longest: int, columns: int):
+    def __init__(self, sampler: Sampler, total: int, longest: int, columns: int, can_share: bool):
         self.sampler, self.device, self.total, self.sizes = sampler, sampler.device, total, (total, longest, columns)
         config = sampler.model.config.get_text_config()
         layers, (heads, dim) = config.num_hidden_layers, heads_and_dim(config)
         token_bytes = 2 * heads * dim * sampler.dtype.itemsize  # of a layer
         # A window shows each sample another part of the prompt, a CUDA graph wants one shape for all, and the calls
         # that merge two parts cost more than reading a short prompt once for each sample.
-        can_share = not sampler.uses_graphs and not getattr(config, "sliding_window", None)
+        can_share = can_share and not sampler.uses_graphs and not getattr(config, "sliding_window", None)
         self.shared = can_share and total * (longest - columns) * token_bytes >= SHARE_FROM
         self.width = -(-(columns if self.shared else longest) // 64) * 64
         self.capacity = max(1, min(total, int(sampler.room() // (layers * token_bytes * self.width))))
@@ -513,17 +514,13 @@ class _Slots:
     def _keep(self, row: int) -> None:
         """Hold on to the keys and values of a finished row's text; its last token, never fed, has none."""
         sample = self.samples[row]
-        number, count = sample // self.group, int(self.count[sample]) - 1
-        text = tuple(self.prompts[number] + self.ids[sample, :count].tolist())
-        used = len(text) - int(self.offset[row])
-        keys, values = self.keys[:, row, ..., :used].mT, self.values[:, row, :, :used]  # [layers, H_kv, W, D]
-        if self.shared:
-            block = next(block for block in self.blocks if number in block.numbers)
-            p, length = block.numbers.index(number), len(self.prompts[number])
-            keys = torch.cat([torch.stack([x[p, ..., :length].mT for x in block.keys]), keys], dim=2)
-            values = torch.cat([torch.stack([x[p, :, :length] for x in block.values]), values], dim=2)
+        text = self.prompts[sample // self.group] + self.ids[sample, : int(self.count[sample]) - 1].tolist()
+        keys, values = (
+            self.keys[:, row, ..., : len(text)].mT,
+            self.values[:, row, :, : len(text)],
+        )  # [layers, H_kv, W, D]
         kept = self.sampler.kept
-        kept[text] = torch.stack([keys, values]).permute(3, 0, 1, 2, 4).contiguous()
+        kept[tuple(text)] = torch.stack([keys, values]).permute(3, 0, 1, 2, 4).contiguous()
         while kept and self.sampler.room() < self.keys.nbytes + self.values.nbytes:
             kept.pop(next(iter(kept)))  # the oldest
 
