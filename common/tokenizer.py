@@ -500,7 +500,7 @@ def encode_comparison(tokenizer, row: dict, max_prompt: int, max_completion: int
         completions.append(ids[start:] if whole else ids[start:end])
     is_long = max(map(len, completions)) > max_completion
     completions = [ids[:max_completion] for ids in completions]
-    if any(prompt != prompts[0] for prompt in prompts):
+    if len(set(map(tuple, prompts))) > 1:
         raise ValueError("the chat template writes the same prompt differently before another answer")
     if len(prompts[0]) > max_prompt:
         raise ValueError(f"a prompt of more than {max_prompt} tokens (--max-prompt-tokens)")
@@ -595,7 +595,7 @@ def hold_out(sets: list, count: int, seed: int) -> tuple[list, object]:
     return kept, sets[0].select(first[held])
 
 
-# ---------------------------------------------------------------------------------------------- padding and packing
+# ---------------------------------------------------------------------------------------- padding, packing, batches
 
 
 def pad_rows(rows: Sequence[torch.Tensor], width: int | None = None) -> torch.Tensor:
@@ -714,9 +714,6 @@ def pack_scored(examples: list[dict]) -> tuple[Packed, torch.Tensor]:
             places += [filled + end - 1 for end in ends]
             filled += len(ids)
     return pack(segments), torch.tensor(places)
-
-
-# ---------------------------------------------------------------------------------------------- batches
 
 
 def split_by_tokens(sequences: list[list[int]], max_tokens: int, prompts: list[list[int]] | None = None):
