@@ -56,7 +56,6 @@ from common.tokenizer import (
     encode_questions,
     ensure_chat_template,
     hold_out,
-    joined,
     load_rows,
     load_tokenizer,
     microbatches,
@@ -150,6 +149,8 @@ def neftune_noise(document_lengths: torch.Tensor, dim: int, alpha: float) -> tor
 
 
 def main(args: Args) -> dict:
+    from datasets import concatenate_datasets  # late, as all that --help does not need
+
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % world == 0, "--batch-size must be a multiple of the processes"
@@ -173,7 +174,7 @@ def main(args: Args) -> dict:
     sizes = [len(rows) for rows in train]
     args.steps = args.steps or max(1, math.ceil(args.epochs * sum(sizes) / args.batch_size))
     draws, weights = args.steps * args.batch_size, mixture_weights(sizes, args.mixture_cap)  # detail 5
-    order, train = training_order(sizes, weights, draws, args.seed), joined(train)
+    order, train = training_order(sizes, weights, draws, args.seed), concatenate_datasets(train)
     if len(sizes) > 1 and rank == 0:
         smallest = sizes.index(min(sizes))
         times = float(weights[smallest]) * draws / sizes[smallest]

@@ -365,8 +365,8 @@ def hidden_states(model, batch: Packed) -> torch.Tensor:
         layout = layout_arguments(batch, batch.ids.device)
         return model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, **layout).last_hidden_state[0]
     outputs = [
-        model.base_model(input_ids=batch.ids[0, b.keys], use_cache=False).last_hidden_state[:, b.prefix_length :]
-        for b in batch.blocks
+        model.base_model(input_ids=batch.ids[0, keys], use_cache=False).last_hidden_state[:, prefix:]
+        for _, keys, prefix in batch.blocks
     ]
     return torch.cat([out.flatten(0, 1) for out in outputs])[batch.unpack]
 

@@ -18,8 +18,8 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
 from hashlib import blake2b
@@ -40,6 +40,8 @@ PLAIN_TEMPLATE = (  # for base models: no new tokens, every turn of the assistan
 PROBE = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "REPLY"), ("user", "b"))]
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython", "observation")}
+PROMPT, CHAT = ("prompt", "question", "problem"), ("messages", "conversations", "conversation")  # columns
+JSON_LINE = "line of JSON"  # the only column of JSONL files
 
 
 def first_line(error: BaseException) -> str:
@@ -52,26 +54,21 @@ def tell(sentence: str) -> None:
         print(sentence)
 
 
-def load_tokenizer(path: str, today: str | None = None, flag: str = "--model"):
-    """The tokenizer at `path` (folder or Hub name), with a pad token, which only fills gaps: no code compares ids
-    with it.
+# ---------------------------------------------------------------------------------------------- text and chats
 
-    Chat templates print the date `today` (YYYY-MM-DD), so that a resumed run sees the prompts it began with. Exits with
-    a sentence that names `flag` if the tokenizer cannot be loaded, is not a fast one, or has no end-of-sequence token.
-    """
+
+def load_tokenizer(path: str, today: str | None = None, flag: str = "--model"):
+    """The tokenizer at `path` (folder or Hub name), with a pad token, which only fills gaps. Chat templates print the
+    date `today` (YYYY-MM-DD), so that a resumed run sees the prompts it began with. Exits with a sentence that names
+    `flag` if there is none, or none that is fast and has an end-of-sequence token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(
-            f"{flag} {path}: no tokenizer could be loaded from there ({first_line(error)}). Give a folder saved "
-            "with save_pretrained, or a Hub name that this machine can reach."
-        ) from error
-    if not tokenizer.is_fast:
-        raise SystemExit(f"{flag} {path}: masks need a tokenizer with character offsets, a fast one; this is not.")
-    if tokenizer.eos_token is None:
-        raise SystemExit(f"{flag} {path}: its tokenizer has no end-of-sequence token, so no text could ever stop.")
+        raise SystemExit(f"{flag} {path}: no tokenizer could be loaded from there ({first_line(error)}).") from error
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise SystemExit(f"{flag} {path}: needs a fast tokenizer, for masks, and an end-of-sequence token, to stop at.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.backend_tokenizer.no_truncation()  # which some are saved with
@@ -81,8 +78,7 @@ def load_tokenizer(path: str, today: str | None = None, flag: str = "--model"):
 
 
 def ensure_chat_template(tokenizer, file: str | None = None) -> None:
-    """Give the tokenizer the template in `file`, or a plain one if it has none; it is saved with the model. Exits with
-    a sentence if there is no such file."""
+    """Give the tokenizer the template in `file`, or a plain one if it has none; it is saved with the model."""
     if file:
         if not Path(file).is_file():
             raise SystemExit(f"--chat-template {file}: no such file.")
@@ -93,16 +89,13 @@ def ensure_chat_template(tokenizer, file: str | None = None) -> None:
         tell(f"{tokenizer.name_or_path} has no chat template: its chats become 'User: …', 'Assistant: …' and the EOS.")
 
 
-# ---------------------------------------------------------------------------------------------- plain text
-
-
 def control_tokens(tokenizer) -> re.Pattern:
     """Matches every special token written out, and every other added token with which the chat template marks roles."""
-    return _control_tokens(tokenizer, tokenizer.get_chat_template() if tokenizer.chat_template else "")
+    return _control_tokens(tokenizer, str(tokenizer.chat_template))
 
 
 @lru_cache
-def _control_tokens(tokenizer, chat_template: str) -> re.Pattern:
+def _control_tokens(tokenizer, template: str) -> re.Pattern:
     try:
         marks = _render(tokenizer, PROBE, None, False).replace("<think>", "").replace("</think>", "")
     except Exception:  # no template, or one that refuses the probe
@@ -137,47 +130,30 @@ def encode_continuation(tokenizer, prompt: str, completion: str) -> tuple[list[i
     return ids, rest + [tokenizer.eos_token_id]
 
 
-# ---------------------------------------------------------------------------------------------- chats
-
-
-class Rendered(NamedTuple):
-    """A rendered conversation: its token ids, and for each whether the assistant wrote it."""
-
-    ids: list[int]
-    mask: list[bool]
-
-
-@lru_cache
-def _dated(template: str, today: date) -> str:
-    """The template with the date filled in where it asks for that of the day."""
-    literal = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
-    return re.sub(literal, lambda match: repr(today.strftime(match[2])), template)
-
-
 def _render(tokenizer, messages: list[dict], tools, generation_prompt: bool) -> str:
-    template = _dated(tokenizer.get_chat_template(tools=tools), getattr(tokenizer, "today", date.today()))
+    """The chat as text; a template that asks for the date gets that of `load_tokenizer`."""
+    today, asked = getattr(tokenizer, "today", date.today()), r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    template = tokenizer.get_chat_template(tools=tools)
+    template = re.sub(asked, lambda match: repr(today.strftime(match[2])), template)
     options = {"tools": tools, "chat_template": template, "tokenize": False}
     return tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **options)
 
 
 def end_of_turn(tokenizer) -> str:
     """The control token that closes an assistant's turn in the chat template, e.g. `<|im_end|>`: the last one, if there
-    are several. One that closes only whole conversations is used if turns have none. Exits with a sentence if there is
-    neither."""
-    return _end_of_turn(tokenizer, tokenizer.get_chat_template())
+    are several. One that closes only whole conversations is used if turns have none; else it exits with a sentence."""
+    return _end_of_turn(tokenizer, str(tokenizer.chat_template))
 
 
 @lru_cache
-def _end_of_turn(tokenizer, chat_template: str) -> str:
-    last = _render(tokenizer, PROBE[:2], None, False).rpartition("REPLY")[2]
-    inner = _render(tokenizer, PROBE, None, False).rpartition("REPLY")[2]
+def _end_of_turn(tokenizer, template: str) -> str:
+    last, inner = (_render(tokenizer, chat, None, False).rpartition("REPLY")[2] for chat in (PROBE[:2], PROBE))
     shared = os.path.commonprefix([last, inner])
     found = control_tokens(tokenizer).findall(shared) or control_tokens(tokenizer).findall(last)
     if not found:
         raise SystemExit(
-            f"The chat template of {tokenizer.name_or_path} ends an assistant turn without a special token, so a "
-            "model trained with it would never stop. Use a template that closes the turn (for example with the "
-            "end-of-sequence token)."
+            f"The chat template of {tokenizer.name_or_path} ends an assistant turn without a special token: a model "
+            "trained with it would never stop. Close the turn, for example with the end-of-sequence token."
         )
     return found[-1]
 
@@ -193,15 +169,13 @@ def stop_token_ids(tokenizer, model=None) -> list[int]:
 
 
 def read_messages(value, role: str = "user") -> list[dict]:
-    """Read `value` as a list of messages with `role` and `content`. It may be plain text (one message of `role`), such
-    messages, their JSON, ShareGPT's `from` and `value`, pairs of `input` and `output`, or a transcript as HH-RLHF has
-    them (blank line, `Human: …`, blank line, `Assistant: …`); else raises ValueError."""
+    """`value` as messages with `role` and `content`. It may be plain text (one message of `role`), such messages, their
+    JSON, ShareGPT's `from` and `value`, pairs of `input` and `output`, or a transcript as HH-RLHF has them (blank line,
+    `Human: …`, blank line, `Assistant: …`); else raises ValueError."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
-        try:
+        with suppress(ValueError):  # a text that begins like that
             decoded = json.loads(value)
-        except ValueError:
-            decoded = [{}]  # a text that begins like that
-        value = decoded if all({"role", "from", "input"} & set(message) for message in decoded) else value
+            value = decoded if all({"role", "from", "input"} & set(message) for message in decoded) else value
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
         turns = re.split(r"\n\n(Human|Assistant):", value.removesuffix("\n\nAssistant:"))[1:]
         value = [{"from": name.lower(), "value": text.strip()} for name, text in zip(turns[::2], turns[1::2])]
@@ -212,35 +186,31 @@ def read_messages(value, role: str = "user") -> list[dict]:
     messages = []
     for message in value:
         if "input" in message and "output" in message:
-            messages += [{"role": "user", "content": message["input"]}]
-            messages += [{"role": "assistant", "content": message["output"]}]
-            continue
-        if "from" in message and "value" in message:
-            message = {"role": message["from"], "content": message["value"]}
+            messages.append({"role": "user", "content": message["input"]})
+            messages.append({"role": "assistant", "content": message["output"]})
+        elif "from" in message and "value" in message:
+            messages.append({"role": message["from"], "content": message["value"]})
+        else:
+            messages.append(dict(message))
+    for message in messages:
+        content, calls = message.get("content"), message.get("tool_calls") or []
         if message.get("role") not in ROLES:
             raise ValueError(f"no role of a message: {str(message.get('role'))[:40]!r}")
-        message = {**message, "role": ROLES[message["role"]]}
-        content = message.get("content")
-        if not message.get("tool_calls") and not isinstance(content, str):
+        message["role"] = ROLES[message["role"]]
+        if not calls and not isinstance(content, str):
             raise ValueError("a message without text, or with more than text")
-        if message["role"] == "assistant" and not message.get("tool_calls") and not content.strip():
+        if not calls and message["role"] == "assistant" and not content.strip():
             raise ValueError("an empty turn of the assistant")
-        for call in message.get("tool_calls") or []:
-            function = call.get("function", call)
+        for function in (call.get("function", call) for call in calls):
             if isinstance(function.get("arguments"), str):  # as they come over the wire; templates want the object
                 function["arguments"] = json.loads(function["arguments"] or "{}")
-        messages.append(message)
     return messages
 
 
 def render_text(tokenizer, messages: list[dict], tools=None, generation_prompt: bool = False):
-    """A conversation as text, and the spans of characters that the assistant wrote, end of turn included.
-
-    An assistant's turn starts where the conversation before it, rendered with a generation prompt, ends. It runs to the
-    next end-of-turn token, which its content cannot contain. This needs no `{% generation %}`, and works for templates
-    that drop the reasoning of earlier turns. Raises ValueError if the template changes earlier text when a turn is
-    added, or leaves out a tool call.
-    """
+    """A conversation as text, and the spans of characters that the assistant wrote, end of turn included. A turn starts
+    where the conversation before it, rendered with a generation prompt, ends; this works for templates that drop the
+    reasoning of earlier turns. Raises ValueError if the template changes earlier text, or leaves out a tool call."""
     safe, tools = defused(tokenizer, messages), defused(tokenizer, tools)
     text, spans = _render(tokenizer, safe, tools, generation_prompt), []
     for i, message in enumerate(safe):
@@ -255,16 +225,19 @@ def render_text(tokenizer, messages: list[dict], tools=None, generation_prompt: 
             raise ValueError("the chat template rewrites earlier turns once there are later ones")
         if spans and spans[-1][1] > len(before):
             raise ValueError("the chat template closes no turn but the last")
-        for call in message.get("tool_calls") or []:
-            if call.get("function", call)["name"] not in text[len(before) : end]:
-                raise ValueError("the chat template does not know tool calls")
+        calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
+        if not all(name in text[len(before) : end] for name in calls):
+            raise ValueError("the chat template does not know tool calls")
         spans.append((len(before), end))
     return text, spans
 
 
-def render_chat(
-    tokenizer, messages: list[dict], tools: list | None = None, generation_prompt: bool = False
-) -> Rendered:
+class Rendered(NamedTuple):  # a conversation
+    ids: list[int]
+    mask: list[bool]  # which of them the assistant wrote
+
+
+def render_chat(tokenizer, messages: list[dict], tools=None, generation_prompt: bool = False) -> Rendered:
     """Ids of a conversation, tokenised as a whole, and the mask of what the assistant wrote (see `render_text`)."""
     text, spans = render_text(tokenizer, messages, tools, generation_prompt)
     encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
@@ -361,47 +334,34 @@ def encode_answered(tokenizer, prompt: str | list[dict], text: str) -> list[int]
 def load_rows(source: str, limit: int | None = None):
     """The rows, or the first `limit`, of a file (JSONL, JSON, CSV, Parquet), a folder or a Hub data set
     `name[:subset[:split]]` (split: train), as a `datasets.Dataset`. JSONL has one column, the unparsed line, since a
-    table would give every row the columns of all; `read_row` parses it. Exits with a sentence if there are no rows.
-    """
+    table would give every row the columns of all; `read_row` parses it. Exits with a sentence if there are no rows."""
     from datasets import disable_progress_bars, load_dataset
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     kind = {".jsonl": "text", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
-    if kind and not Path(source).is_file():
-        raise SystemExit(f"{source}: no such file (looked in {Path.cwd()}).")
-    if kind and not Path(source).stat().st_size:
-        raise SystemExit(f"{source}: no rows in it.")
     name, subset, split = (source, "", "") if Path(source).exists() else (source.split(":") + ["", ""])[:3]
     where = {"path": kind, "data_files": source} if kind else {"path": name, "name": subset or None}
     options = {"encoding_errors": "replace"} if kind == "text" else {}
     try:
         rows = load_dataset(**where, **options, split=split or "train")
+        assert len(rows), "it is empty"
     except Exception as error:  # datasets raises many kinds; all of them are about what the user named
         why = first_line(error.__cause__ or error)
-        raise SystemExit(f"{source}: not a file, a folder or a Hub data set that can be reached ({why}).") from error
-    if not len(rows):
-        raise SystemExit(f"{source}: no rows in it.")
+        raise SystemExit(f"{source}: no such file, folder or Hub data set, or no rows in it ({why}).") from error
     if kind == "text":
         rows = rows.rename_column("text", JSON_LINE)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-JSON_LINE = "line of JSON"
-
-
 def read_row(row: dict) -> dict:
-    """A row as a dict without nulls, with its `tools` decoded from JSON. Raises ValueError if the row is not a JSON
-    object or its tools are not a list."""
-    if JSON_LINE in row:
-        row = json.loads(row[JSON_LINE] or "null")
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object")
-    row = without_nulls(dict(row))  # `datasets` gives another kind of mapping
+    """A row as a dict without nulls, with its `tools` decoded from JSON. Raises ValueError if it is not an object."""
+    row = json.loads(row[JSON_LINE] or "null") if JSON_LINE in row else dict(row)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    row = without_nulls(row)
     if isinstance(row.get("tools"), str):
         row["tools"] = json.loads(row["tools"] or "[]")
-    if not isinstance(row.get("tools", []), list):
-        raise ValueError("tools must be a list of JSON schemas")
     return row
 
 
@@ -434,9 +394,101 @@ def gold_answers(row: dict) -> list[str]:
     return answers
 
 
+def read_conversation(row: dict) -> list[dict] | str:
+    """What a row demonstrates: messages, or plain text. Raises ValueError if it has neither, or an empty completion."""
+    if "text" in row and not {*CHAT, *PROMPT} & set(row):
+        return row["text"]
+    if {*CHAT} & set(row):
+        return read_messages(first_of(row, *CHAT))
+    prompt, reply = read_messages(first_of(row, *PROMPT)), first_of(row, "completion", "solution", "answer")
+    if isinstance(reply, list) and reply and not isinstance(reply[0], dict):
+        reply = reply[0]  # the first of several answers
+    return with_reply(prompt, read_messages(str(reply) if isinstance(reply, (int, float)) else reply, "assistant"))
+
+
+def with_reply(prompt: list[dict], reply: list[dict]) -> list[dict]:
+    """A prompt and the reply to it, which continues the prompt's last message if the assistant has begun that."""
+    if prompt[-1]["role"] == reply[0]["role"] == "assistant":
+        begun = {**reply[0], "content": prompt[-1]["content"] + reply[0]["content"]}
+        prompt, reply = prompt[:-1], [begun, *reply[1:]]
+    return prompt + reply
+
+
+def read_answers(row: dict, least: int = 2) -> list[list[dict]]:
+    """Conversations that differ in their last turn, best first: those of `chosen` and `rejected`, or of ranked
+    `completions`, each an answer to the row's prompt or a whole conversation; if `least` is 1, also a demonstration.
+    Raises ValueError if they cannot be compared, or are fewer than `least`."""
+    if least == 1 and not {"chosen", "completions"} & set(row):
+        return [read_conversation(row)]
+    is_pair = {"chosen", "rejected"} <= set(row)
+    answers = [row["chosen"], row["rejected"]] if is_pair else first_of(row, "completions", "chosen and rejected")
+    if not isinstance(answers, list) or len(answers) < least:
+        raise ValueError(f"completions must be a list of at least {least}")
+    conversations = [read_messages(answer, "assistant") for answer in answers]
+    if conversations[0][0]["role"] == "assistant":
+        conversations = [with_reply(read_messages(first_of(row, *PROMPT)), reply) for reply in conversations]
+    if any(conversation[:-1] != conversations[0][:-1] for conversation in conversations):
+        raise ValueError("the answers' prompts differ")
+    if any(conversation[-1]["role"] != "assistant" for conversation in conversations):
+        raise ValueError("an answer that is not the assistant's")
+    return conversations
+
+
+def encode_rows(tokenizer, rows, source: str, encode: Callable, columns: dict[str, str], required: bool = True):
+    """A data set of what `encode` (a `partial` of a named function) returns for every row: `ids`, the named `columns`,
+    the row's `index`, and a `key` that rows with the same `prompt` share. It runs once per machine, in parallel if
+    there are many rows, and is cached by `datasets`. Rows for which it raises are dropped, and counted by reason, as
+    are those of which it has something to `tell`. Exits with a sentence if all are dropped; with `required` false,
+    neither counts nor exits."""
+    from datasets import Features, List, Value
+
+    if tokenizer.chat_template:
+        end_of_turn(tokenizer)  # which may exit, and should not do so in a worker
+    kinds = {"ids": "ints", **columns, "key": "int64", "index": "int64", "tell": "string"}
+    lists = {"ints": List(Value("int32")), "lists": List(List(Value("int32"))), "bools": List(Value("bool"))}
+    features = Features({name: lists.get(kind) or Value(kind) for name, kind in kinds.items()})
+
+    def encode_one(row: dict, index: int) -> dict:
+        made = dict.fromkeys(kinds) | {"index": index}
+        try:
+            made |= encode(read_row(row))
+        except Exception as error:  # templates raise what they like; it is counted and told
+            return made | {"tell": f"dropped: {first_line(error)[:100]}"}
+        key = blake2b(made.pop("prompt").encode("utf-8", "replace"), digest_size=8).digest()
+        return made | {"key": int.from_bytes(key, "big", signed=True)}
+
+    dated = "strftime_now" in str(tokenizer.chat_template) and str(getattr(tokenizer, "today", ""))
+    settings = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+    settings += (tokenizer.chat_template, dated, encode.func.__name__, encode.keywords, Path(__file__).read_text())
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not is_first:
+        dist.barrier()  # the first process of a machine goes ahead; the others find in the cache what it has made
+    encoded = rows.map(
+        encode_one, with_indices=True, remove_columns=rows.column_names, features=features,
+        num_proc=min(os.cpu_count(), 16) if len(rows) > 20_000 else None, desc=f"tokenising {Path(source).name}",
+        new_fingerprint=blake2b(repr(settings).encode(), digest_size=16).hexdigest(),
+    )  # fmt: skip
+    if dist.is_initialized() and is_first:
+        dist.barrier()
+    told = encoded["tell"][:]
+    kept = [i for i, what in enumerate(told) if not (what or "").startswith("dropped: ")]
+    counts = Counter(filter(None, told)).most_common(8)
+    sentences = [f"{count} of {len(rows)} rows {what}." for what, count in counts]
+    if required and not kept:
+        raise SystemExit(f"{source}: no row can be used: " + " ".join(sentences))
+    for sentence in sentences if required else []:
+        tell(f"{source}: {sentence}")
+    return encoded.select(kept) if len(kept) < len(rows) else encoded
+
+
+def with_rows(some: dict) -> dict:
+    """A batch of an encoded data set, with its rows as dicts again."""
+    return {**some, "row": [json.loads(row or "{}") for row in some["row"]]} if "row" in some else some
+
+
 def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -> dict:
     """A row of `encode_questions`, with the `prompt` it is held out by. Raises ValueError if it cannot be asked."""
-    prompt = first_of(row, "prompt", "question", "problem")
+    prompt = first_of(row, *PROMPT)
     try:
         row["answer"] = gold_answers(row)
     except ValueError:
@@ -452,65 +504,11 @@ def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -
 
 def encode_questions(tokenizer, rows, source: str, max_tokens: int, needs_answer: bool = True, required: bool = True):
     """Questions as a data set of `ids` (the prompt's), `prefill` (the part of the assistant's turn that the prompt
-    already contains) and `row` (a dict; its `answer`, if any, is a list of texts).
-
-    Rows with no prompt, one of more than `max_tokens`, or no answer where one is needed are dropped and counted. Exits
-    with a sentence if none is left, unless `required` is false: then dropping is silent.
-    """
+    already contains) and `row` (a dict; its `answer`, if any, is a list of texts). Rows with no prompt, one of more
+    than `max_tokens`, or no answer where one is needed are dropped (see `encode_rows`, also for `required`)."""
     encode = partial(encode_question, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
-    questions = encode_rows(tokenizer, rows, source, encode, {"prefill": "string", "row": "string"}, required)
-    return questions.with_transform(with_rows)
-
-
-def with_rows(some: dict) -> dict:
-    """A batch of an encoded data set, with its rows as dicts again."""
-    return {**some, "row": [json.loads(row or "{}") for row in some["row"]]} if "row" in some else some
-
-
-def load_questions(
-    tokenizer,
-    dataset: str,
-    eval_dataset: str | None,
-    eval_rows: int,
-    max_tokens: int,
-    seed: int,
-    needs_answer: bool = True,
-):
-    """Two sets from `encode_questions`: to train on, and to evaluate on. The second comes from the first `eval_rows`
-    rows of `eval_dataset`, or, if that is None, is held out of the first (see `hold_out`)."""
-    assert max_tokens > 0, "--max-completion-tokens fills the model's whole context"
-    encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
-    return load_split(encode, dataset, eval_dataset, eval_rows, seed)
-
-
-def load_split(encode: Callable, dataset: str, eval_dataset: str | None, eval_rows: int, seed: int):
-    """What `encode(rows, source)` makes of the rows to train on, and of those to evaluate on (see `load_questions`)."""
-    encoded = encode(load_rows(dataset), dataset)
-    if eval_dataset:
-        return encoded, encode(load_rows(eval_dataset, eval_rows), eval_dataset)
-    (encoded,), held_out = hold_out([encoded], eval_rows, seed)
-    return encoded, held_out
-
-
-def read_conversation(row: dict) -> list[dict] | str:
-    """What a row demonstrates: messages, or plain text. Raises ValueError if it has neither, or an empty completion."""
-    if "text" in row and not {"messages", "conversations", "conversation", "prompt", "question", "problem"} & set(row):
-        return row["text"]
-    if {"messages", "conversations", "conversation"} & set(row):
-        return read_messages(first_of(row, "messages", "conversations", "conversation"))
-    prompt = read_messages(first_of(row, "prompt", "question", "problem"))
-    reply = first_of(row, "completion", "solution", "answer")
-    if isinstance(reply, list) and reply and not isinstance(reply[0], dict):
-        reply = reply[0]  # the first of several answers
-    return with_reply(prompt, read_messages(str(reply) if isinstance(reply, (int, float)) else reply, "assistant"))
-
-
-def with_reply(prompt: list[dict], reply: list[dict]) -> list[dict]:
-    """A prompt and the reply to it, which continues the prompt's last message if the assistant has begun that."""
-    if prompt[-1]["role"] == reply[0]["role"] == "assistant":
-        begun = {**reply[0], "content": prompt[-1]["content"] + reply[0]["content"]}
-        prompt, reply = prompt[:-1], [begun, *reply[1:]]
-    return prompt + reply
+    columns = {"prefill": "string", "row": "string"}
+    return encode_rows(tokenizer, rows, source, encode, columns, required).with_transform(with_rows)
 
 
 def encode_conversation(tokenizer, row: dict, max_length: int, loss_on: str) -> dict:
@@ -527,60 +525,33 @@ def encode_conversation(tokenizer, row: dict, max_length: int, loss_on: str) -> 
     trained = ([True] * len(ids) if loss_on == "all" else mask)[:max_length]
     if not any(trained[1:]):
         raise ValueError("no token of the assistant within --max-length" if any(mask) else "nothing to train on")
-    return {"ids": ids[:max_length], "mask": trained, "cut": len(ids) > max_length, "prompt": prompt}
+    cut = f"cut after {max_length} tokens (--max-length)" if len(ids) > max_length else None
+    return {"ids": ids[:max_length], "mask": trained, "tell": cut, "prompt": prompt}
 
 
 def encode_conversations(tokenizer, rows, source: str, max_length: int, loss_on: str = "assistant"):
     """Conversations as a data set of `ids`, `mask` (which of them are trained) and `index` (of the row in `rows`).
-    Longer ones are cut to `max_length` tokens and counted; rows from which nothing could be learned are dropped and
-    counted. Exits with a sentence if none is left."""
+    Longer ones are cut to `max_length` tokens; rows from which nothing could be learned are dropped."""
     encode = partial(encode_conversation, tokenizer, max_length=max_length, loss_on=loss_on)
-    conversations = encode_rows(tokenizer, rows, source, encode, {"mask": "bools", "cut": "bool"})
-    if cut := sum(conversations["cut"][:]):
-        tell(f"{source}: {cut} of {len(rows)} rows cut after {max_length} tokens (--max-length).")
-    return conversations
-
-
-def read_answers(row: dict, least: int = 2) -> list[list[dict]]:
-    """Conversations that differ in their last turn, best first: those of `chosen` and `rejected`, or of ranked
-    `completions`, each an answer to the row's prompt or a whole conversation; if `least` is 1, also a demonstration.
-    Raises ValueError if they cannot be compared, or are fewer than `least`."""
-    if least == 1 and not {"chosen", "completions"} & set(row):
-        return [read_conversation(row)]
-    is_pair = {"chosen", "rejected"} <= set(row)
-    answers = [row["chosen"], row["rejected"]] if is_pair else first_of(row, "completions", "chosen and rejected")
-    if not isinstance(answers, list) or len(answers) < least:
-        raise ValueError(f"completions must be a list of at least {least}")
-    conversations = []
-    for answer in answers:
-        reply = read_messages(answer, "assistant")
-        if reply[0]["role"] == "assistant":
-            reply = with_reply(read_messages(first_of(row, "prompt", "question", "problem")), reply)
-        conversations.append(reply)
-    if any(conversation[:-1] != conversations[0][:-1] for conversation in conversations):
-        raise ValueError("the answers' prompts differ")
-    if any(conversation[-1]["role"] != "assistant" for conversation in conversations):
-        raise ValueError("an answer that is not the assistant's")
-    return conversations
+    return encode_rows(tokenizer, rows, source, encode, {"mask": "bools"})
 
 
 def encode_comparison(tokenizer, row: dict, max_prompt: int, max_completion: int, least: int, whole: bool) -> dict:
     """A row of `encode_comparisons`. Raises ValueError if its answers cannot be compared, or are fewer than `least`."""
-    prompt, completions, cut, conversations = None, [], 0, read_answers(row, least)
-    if len(conversations) > 2 and not whole:
-        conversations = [conversations[0], conversations[-1]]
-    for conversation in conversations:
+    conversations, prompts, completions = read_answers(row, least), [], []
+    for conversation in conversations if whole else [conversations[0], *conversations[1:][-1:]]:
         ids, mask = render_chat(tokenizer, conversation, row.get("tools"))
         end = len(mask) - mask[::-1].index(True)
         start = end - mask[end - 1 :: -1].index(False)
-        if prompt not in (None, ids[:start]):
-            raise ValueError("the chat template writes the same prompt differently before another answer")
-        prompt, answer = ids[:start], ids[start:] if whole else ids[start:end]
-        cut += len(answer) > max_completion
-        completions.append(answer[:max_completion])
-    if len(prompt) > max_prompt:
+        prompts.append(ids[:start])
+        completions.append(ids[start:] if whole else ids[start:end])
+    is_long = max(map(len, completions)) > max_completion
+    completions = [ids[:max_completion] for ids in completions]
+    if len(set(map(tuple, prompts))) > 1:
+        raise ValueError("the chat template writes the same prompt differently before another answer")
+    if len(prompts[0]) > max_prompt:
         raise ValueError(f"a prompt of more than {max_prompt} tokens (--max-prompt-tokens)")
-    if whole and cut:
+    if whole and is_long:
         raise ValueError(f"an answer of more than {max_completion} tokens (--max-completion-tokens)")
     if len(set(map(tuple, completions))) < len(completions):
         raise ValueError("two answers are equal")
@@ -588,17 +559,16 @@ def encode_comparison(tokenizer, row: dict, max_prompt: int, max_completion: int
     labels = [row.get("label")] if len(completions) == 1 else [True, False]
     if not (0 <= probability <= 1 and abs(margin) < float("inf")):
         raise ValueError("chosen_probability must lie between 0 and 1, and margin must be a number")
-    if least == 1 and not whole and labels[0] not in (True, False):
+    if not whole and labels[0] not in (True, False):
         raise ValueError(f"label must be true or false, not {labels[0]!r}")
     if probability < 0.5:  # so that the first is the more probable one
         completions, margin, probability = completions[::-1], -margin, 1 - probability
-    try:
-        question = {"answer": gold_answers(row)}
-    except ValueError:
-        question = {}
-    pair = {"ids": prompt, "completions": completions, "labels": list(map(bool, labels)), "cut": cut}
-    pair |= {"ends": [[len(ids)] for ids in completions], "margin": margin, "probability": probability}
-    return {**pair, "prefill": "", "row": json.dumps(question), "prompt": repr(prompt)}
+    pair = {"ids": prompts[0], "completions": completions, "ends": [[len(ids)] for ids in completions]}
+    pair |= {"labels": list(map(bool, labels)), "margin": margin, "probability": probability, "row": "{}"}
+    with suppress(ValueError):
+        pair["row"] = json.dumps({"answer": gold_answers(row)})
+    cut = f"cut after {max_completion} tokens (--max-completion-tokens)" if is_long else None
+    return {**pair, "prefill": "", "prompt": repr(prompts[0]), "tell": cut}
 
 
 def encode_solution(tokenizer, row: dict, max_prompt: int, max_completion: int, separator: str) -> dict:
@@ -613,13 +583,12 @@ def encode_solution(tokenizer, row: dict, max_prompt: int, max_completion: int, 
     for step in steps:
         ids += encode_text(tokenizer, step, begins=False) + encode_text(tokenizer, separator, begins=False)
         ends.append(len(ids))
-    prompt = encode_prompt(tokenizer, first_of(row, "prompt", "question", "problem"))
+    prompt = encode_prompt(tokenizer, first_of(row, *PROMPT))
     if len(prompt) > max_prompt or len(ids) > max_completion:
-        raise ValueError(
-            f"over {max_prompt} and {max_completion} tokens (--max-prompt-tokens, --max-completion-tokens)"
-        )
+        limits = "(--max-prompt-tokens, --max-completion-tokens)"
+        raise ValueError(f"over {max_prompt} and {max_completion} tokens {limits}")
     scored = {"completions": [ids], "ends": [ends], "labels": list(map(bool, labels))}
-    return {"ids": prompt, **scored, "cut": 0, "prompt": repr(prompt)}
+    return {"ids": prompt, **scored, "prompt": repr(prompt)}
 
 
 def encode_comparisons(
@@ -627,107 +596,41 @@ def encode_comparisons(
 ):
     """Rows as a data set of a prompt's `ids`, its `completions` from best to worst, and what belongs to these: `labels`
     (a single one has the row's own), `margin`, the `probability` that they are in this order, and `ends`, the lengths
-    at which they are scored. Its rows serve as questions, too (see `encode_questions`).
-
-    Completions are the best and the worst up to their end-of-turn token, cut after `max_completion` and counted; or,
-    if `whole`, all up to the conversation's end. Rows that cannot be used, or that have a longer prompt or a longer
-    `whole` completion, are dropped and counted. Exits with a sentence if none is left.
-    """
+    at which they are scored. Its rows serve as questions, too. Completions are the best and the worst up to their
+    end-of-turn token, cut after `max_completion`; or, if `whole`, all up to the conversation's end. Rows with a longer
+    prompt or a longer `whole` completion are dropped (see `encode_rows`)."""
     assert max_prompt > 0, "--max-completion-tokens fills the model's whole context"
     budget = {"max_prompt": max_prompt, "max_completion": max_completion}
     encode = partial(encode_comparison, tokenizer, **budget, least=least, whole=whole)
     if separator is not None:
         encode = partial(encode_solution, tokenizer, **budget, separator=separator)
-    columns = {
-        "completions": "lists",
-        "ends": "lists",
-        "labels": "bools",
-        "margin": "float64",
-        "probability": "float64",
-    }
-    pairs = encode_rows(
-        tokenizer, rows, source, encode, {**columns, "cut": "int64", "prefill": "string", "row": "string"}
-    )
-    if cut := sum(pairs["cut"][:]):
-        tell(f"{source}: {cut} answers cut after {max_completion} tokens (--max-completion-tokens).")
-    return pairs.with_transform(with_rows)
+    columns = {"completions": "lists", "ends": "lists", "labels": "bools", "margin": "float64"}
+    columns |= {"probability": "float64", "prefill": "string", "row": "string"}
+    return encode_rows(tokenizer, rows, source, encode, columns).with_transform(with_rows)
 
 
-def encode_rows(
-    tokenizer, rows, source: str, encode: Callable[[dict], dict], columns: dict[str, str], required: bool = True
+def load_questions(
+    tokenizer, dataset: str, eval_dataset: str | None, eval_rows: int, max_tokens: int, seed: int, needs_answer=True
 ):
-    """A data set of what `encode` (a `partial` of a named function) returns for every row: `ids`, the named `columns`,
-    the row's `index`, and a `key` that rows with the same prompt share. Encoding runs once per machine, in parallel if
-    there are many rows, and is cached by `datasets`.
-
-    Rows for which `encode` raises are dropped and counted by reason. Exits with a sentence if all are; with `required`
-    false, neither counts nor exits.
-    """
-    from datasets import Features, List, Value
-
-    if tokenizer.chat_template:
-        end_of_turn(tokenizer)  # which may exit, and should not do so in a worker
-    types = {"ids": "ints", **columns, "key": "int64", "index": "int64", "dropped": "string"}
-    lists = {"ints": List(Value("int32")), "lists": List(List(Value("int32"))), "bools": List(Value("bool"))}
-    features = Features({name: lists.get(kind) or Value(kind) for name, kind in types.items()})
-
-    def encode_one(row: dict, index: int) -> dict:
-        try:
-            made = encode(read_row(row))
-        except Exception as error:  # templates raise what they like; it is counted and told
-            return dict.fromkeys(types) | {"index": index, "dropped": first_line(error)[:100]}
-        key = blake2b(made.pop("prompt").encode("utf-8", "replace"), digest_size=8).digest()
-        return {
-            **dict.fromkeys(types),
-            **made,
-            "key": int.from_bytes(key, "big", signed=True),
-            "index": index,
-            "dropped": None,
-        }
-
-    dated = "strftime_now" in str(tokenizer.chat_template) and str(getattr(tokenizer, "today", ""))
-    settings = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
-    settings += (tokenizer.chat_template, dated, encode.func.__name__, encode.keywords, Path(__file__).read_text())
-    with first_on_this_machine():
-        encoded = rows.map(
-            encode_one, with_indices=True, remove_columns=rows.column_names, features=features,
-            num_proc=min(os.cpu_count(), 16) if len(rows) > 20_000 else None, desc=f"tokenising {Path(source).name}",
-            new_fingerprint=blake2b(repr(settings).encode(), digest_size=16).hexdigest(),
-        )  # fmt: skip
-    reasons = encoded["dropped"][:]
-    counts = Counter(reason for reason in reasons if reason is not None)
-    told = [f"{count} of {len(rows)} rows dropped: {reason}." for reason, count in counts.most_common(5)]
-    if required and sum(counts.values()) == len(rows):
-        raise SystemExit(f"{source}: no row can be used: " + " ".join(told))
-    for sentence in told if required else []:
-        tell(f"{source}: {sentence}")
-    return encoded.select([i for i, reason in enumerate(reasons) if reason is None]) if told else encoded
+    """Two sets from `encode_questions`: to train on, and to evaluate on (see `load_split`)."""
+    assert max_tokens > 0, "--max-completion-tokens fills the model's whole context"
+    encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    return load_split(encode, dataset, eval_dataset, eval_rows, seed)
 
 
-@contextmanager
-def first_on_this_machine():
-    """The first process of a machine goes ahead; the others then find in the cache what it has made."""
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not is_first:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and is_first:
-        dist.barrier()
-
-
-def joined(encoded: list):
-    """Encoded data sets as one, in this order."""
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets(encoded)
+def load_split(encode: Callable, dataset: str, eval_dataset: str | None, eval_rows: int, seed: int):
+    """What `encode(rows, source)` makes of the rows to train on, and of those to evaluate on: the first `eval_rows` of
+    `eval_dataset`, or, if that is None, some held out of the others (see `hold_out`)."""
+    encoded = encode(load_rows(dataset), dataset)
+    if eval_dataset:
+        return encoded, encode(load_rows(eval_dataset, eval_rows), eval_dataset)
+    (encoded,), held_out = hold_out([encoded], eval_rows, seed)
+    return encoded, held_out
 
 
 def hold_out(sets: list, count: int, seed: int) -> tuple[list, object]:
     """Hold out `count` prompts of the first set, at least one and at most a tenth, and drop their rows from all sets.
-
-    Returns: the sets, and a data set with one row of each held-out prompt. Exits with a sentence if the first set has
-    only one prompt.
-    """
+    Returns the sets, and one row of each held-out prompt. Exits with a sentence if the first set has only one."""
     keys, first = numpy.unique(sets[0].with_format("numpy")["key"][:], return_index=True)
     if len(keys) < 2:
         raise SystemExit("One prompt is too few to hold any out for evaluation: give more rows, or --eval-dataset.")
@@ -735,12 +638,11 @@ def hold_out(sets: list, count: int, seed: int) -> tuple[list, object]:
     held = held[: max(1, min(count, len(keys) // 10))]
     is_held = [numpy.isin(rows.with_format("numpy")["key"][:], keys[held]) for rows in sets]
     kept = [rows.select(numpy.flatnonzero(~out)) for rows, out in zip(sets, is_held)]
-    if not all(map(len, kept)):
-        raise SystemExit("Holding prompts out leaves a data set without rows: give --eval-dataset.")
+    assert all(map(len, kept)), "holding prompts out leaves a data set without rows: give --eval-dataset"
     return kept, sets[0].select(first[held])
 
 
-# ---------------------------------------------------------------------------------------------- padding
+# ---------------------------------------------------------------------------------------- padding, packing, batches
 
 
 def pad_rows(rows: Sequence[torch.Tensor], width: int | None = None) -> torch.Tensor:
@@ -750,51 +652,24 @@ def pad_rows(rows: Sequence[torch.Tensor], width: int | None = None) -> torch.Te
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str = "right"):
-    """Token lists to rectangular tensors.
-
-    Returns: `ids`, `attention_mask` and `position_ids`, each int64 [B, T]. Positions count from the first real
-    token whichever side is padded, because a model given left-padded rows without them sees shifted positions.
-    """
-    if side not in ("left", "right"):
-        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
-    lengths = torch.tensor([len(s) for s in sequences])
-    width = int(lengths.max())
-    column = torch.arange(width).expand(len(sequences), width)
-    start = (width - lengths)[:, None] if side == "left" else torch.zeros(len(sequences), 1, dtype=torch.long)
-    attention_mask = (column >= start) & (column < start + lengths[:, None])
-    ids = torch.full((len(sequences), width), pad_id)
-    ids[attention_mask] = torch.tensor([token for s in sequences for token in s])
-    return ids, attention_mask.long(), ((column - start) * attention_mask).clamp(min=0)
+    """Token lists as `ids`, `attention_mask` and `position_ids`, each int64 [B, T]. Positions count from the first real
+    token whichever side is padded, because a model given left-padded rows without them sees shifted positions."""
+    rows, options = [torch.tensor(ids, dtype=torch.long) for ids in sequences], {"padding_side": side}
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, **options)
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id, **options), mask, (mask.cumsum(1) - 1) * mask
 
 
-# ---------------------------------------------------------------------------------------------- packing
-
-
-class Segment(NamedTuple):
-    """A run of tokens in a packed row: `mask` says which of them are scored, `prefix` which earlier segment
-    they continue (a prompt shared by several completions), or None for a text of its own."""
-
+class Segment(NamedTuple):  # a run of tokens in a packed row
     ids: list[int]
-    mask: list[bool]
-    prefix: int | None = None
-
-
-class AttentionBlock(NamedTuple):
-    """Segments of about the same length that attend in one call; indices point into the packed row."""
-
-    queries: torch.Tensor  # [n, Tq] padded on the right with any valid index
-    keys: torch.Tensor  # [n, P + Tq] the prefix's tokens, then the segment's own
-    prefix_length: int  # P
+    mask: list[bool]  # which of them are scored
+    prefix: int | None = None  # the earlier segment that they continue, such as a prompt; None for a text of its own
 
 
 @dataclass
 class Packed:
-    """Segments laid end to end in one row of N tokens without any padding.
-
-    Positions restart with every segment that has no prefix and continue from the prefix otherwise; a token
-    sees its prefix and its own segment up to itself, nothing else. S tokens are scored; the first token of a
-    segment without prefix never is, since nothing predicts it.
-    """
+    """Segments laid end to end in one row of N tokens without any padding. Positions continue from a segment's prefix;
+    a token sees its prefix and its own segment up to itself, nothing else. S tokens are scored; the first token of a
+    segment without prefix never is, since nothing predicts it."""
 
     ids: torch.Tensor  # [1, N]
     position_ids: torch.Tensor  # [1, N]
@@ -802,81 +677,69 @@ class Packed:
     targets: torch.Tensor  # [S] id of the scored token
     lengths: list[int]  # scored tokens per segment that has any, in order; sums to S
     document_lengths: torch.Tensor  # [N] tokens in the text (prefix included) that the token belongs to
-    blocks: list[AttentionBlock]
+    # Segments of about the same length attend in one call: places in the row of their queries [n, Tq], padded on the
+    # right with any, and of their keys [n, P + Tq], the prefix's tokens and then their own; and P.
+    blocks: list[tuple[torch.Tensor, torch.Tensor, int]]
     unpack: torch.Tensor  # [N] where each token's output stands among the blocks' flattened outputs
 
     def to(self, device) -> Packed:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        blocks = [AttentionBlock(b.queries.to(device), b.keys.to(device), b.prefix_length) for b in self.blocks]
-        return Packed(**{**vars(self), **moved, "blocks": blocks})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        blocks = [(queries.to(device), keys.to(device), length) for queries, keys, length in self.blocks]
+        return replace(self, **moved, blocks=blocks)
 
 
 def pack(segments: list[Segment]) -> Packed:
     """Lay segments end to end. A segment's prefix must stand before it and have no prefix itself."""
-    starts, positions, sources, targets, lengths, document_lengths = [], [], [], [], [], []
-    total = 0
-    for ids, mask, prefix in segments:
-        offset = 0 if prefix is None else len(segments[prefix].ids)
-        starts.append(total)
-        positions += range(offset, offset + len(ids))
-        document_lengths += [offset + len(ids)] * len(ids)
-        # The last token of the prefix predicts the first of its continuation; a text's own first token has no source.
-        before = None if prefix is None else starts[prefix] + offset - 1
-        scored = [j for j, m in enumerate(mask) if m and (j > 0 or before is not None)]
-        sources += [total + j - 1 if j > 0 else before for j in scored]
-        targets += [ids[j] for j in scored]
-        if scored:
-            lengths.append(len(scored))
-        total += len(ids)
+    lengths = torch.tensor([len(segment.ids) for segment in segments])
+    starts = lengths.cumsum(0) - lengths
+    prefixes = torch.tensor([segment.prefix or 0 for segment in segments])
+    continues = torch.tensor([segment.prefix is not None for segment in segments])
+    offsets = lengths[prefixes] * continues  # tokens in the prefix
+
+    # Of each token: its segment, its place in the row and in the segment, and whether it is scored. The last token of
+    # the prefix predicts the first of its continuation; a text's own first token has no source.
+    owner = torch.arange(len(segments)).repeat_interleave(lengths)
+    place = torch.arange(len(owner))
+    inside = place - starts[owner]
+    source = torch.where(inside > 0, place - 1, (starts[prefixes] + offsets - 1)[owner])
+    scored = torch.tensor([is_scored for segment in segments for is_scored in segment.mask], dtype=torch.bool)
+    scored &= (inside > 0) | continues[owner]
+    ids = torch.tensor([token for segment in segments for token in segment.ids])
 
     # Attention is computed block by block: segments that continue prefixes of one length, sorted by their own
     # length so that little of a block is padding.
-    def shape(i: int) -> tuple[int, int]:
-        prefix = segments[i].prefix
-        return (0 if prefix is None else len(segments[prefix].ids)), len(segments[i].ids)
-
-    blocks: list[AttentionBlock] = []
-    unpack = torch.empty(total, dtype=torch.long)
-    filled = 0
-    order = sorted((i for i in range(len(segments)) if segments[i].ids), key=shape, reverse=True)
-    while order:
-        prefix_length, width = shape(order[0])
-        members = [i for i in order if shape(i)[0] == prefix_length and shape(i)[1] >= 0.75 * width - 8]
-        chosen = set(members)
-        order = [i for i in order if i not in chosen]
-        begin = torch.tensor([starts[i] for i in members])[:, None]
-        length = torch.tensor([len(segments[i].ids) for i in members])[:, None]
-        column = torch.arange(width)[None]
-        queries = begin + torch.minimum(column, length - 1)  # [n, width]
-        keys = queries
-        if prefix_length:
-            prefix_begin = torch.tensor([starts[segments[i].prefix] for i in members])[:, None]
-            keys = torch.cat([prefix_begin + torch.arange(prefix_length)[None], queries], dim=1)
+    shapes, groups = list(zip(offsets.tolist(), lengths.tolist())), []
+    for i in sorted(lengths.nonzero()[:, 0].tolist(), key=shapes.__getitem__, reverse=True):
+        prefix_length, width = shapes[groups[-1][0]] if groups else (None, None)
+        if shapes[i][0] != prefix_length or shapes[i][1] < 0.75 * width - 8:
+            groups.append([])
+        groups[-1].append(i)
+    blocks, unpack, filled = [], torch.empty_like(place), 0
+    for members in groups:
+        prefix_length, width = shapes[members[0]]
+        column, length = torch.arange(width), lengths[members, None]
+        queries = starts[members, None] + torch.minimum(column, length - 1)
+        prefix = starts[prefixes[members], None] + torch.arange(prefix_length)
         real = column < length
-        unpack[queries[real]] = (filled + torch.arange(len(members) * width).view(-1, width))[real]
-        filled += len(members) * width
-        blocks.append(AttentionBlock(queries, keys, prefix_length))
+        unpack[queries[real]] = filled + real.flatten().nonzero()[:, 0]
+        filled += real.numel()
+        blocks.append((queries, torch.cat([prefix, queries], dim=1), prefix_length))
     return Packed(
-        ids=torch.tensor([[t for s in segments for t in s.ids]]),
-        position_ids=torch.tensor([positions]),
-        sources=torch.tensor(sources, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        lengths=lengths,
-        document_lengths=torch.tensor(document_lengths),
+        ids=ids[None],
+        position_ids=(offsets[owner] + inside)[None],
+        sources=source[scored],
+        targets=ids[scored],
+        lengths=owner[scored].unique_consecutive(return_counts=True)[1].tolist(),
+        document_lengths=(offsets + lengths)[owner],
         blocks=blocks,
         unpack=unpack,
     )
 
 
-def pack_completions(
-    prompts: list[list[int]], completions: list[list[int]], masks: list[list[bool]] | None = None
-) -> Packed:
-    """Pack completions behind their prompts; all their tokens are scored, or those that `masks` names.
-
-    A prompt that equals the one before it is laid out once and shared, so G samples of a prompt cost one prompt.
-    """
+def pack_completions(prompts: list[list[int]], completions: list[list[int]], masks=None) -> Packed:
+    """Pack completions behind their prompts; all their tokens are scored, or those that `masks` names. A prompt that
+    equals the one before it is laid out once and shared, so G samples of a prompt cost one prompt."""
     segments: list[Segment] = []
-    prefix = None
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         if i == 0 or prompt != prompts[i - 1]:
             prefix = len(segments)
@@ -901,33 +764,23 @@ def pack_scored(examples: list[dict]) -> tuple[Packed, torch.Tensor]:
 
 
 def split_by_tokens(sequences: list[list[int]], max_tokens: int, prompts: list[list[int]] | None = None):
-    """Group consecutive sequences into microbatches of at most `max_tokens` tokens, or of one that is longer.
-
-    With `prompts`, each sequence stands behind its own, and equal neighbours in a microbatch share one.
-    Returns: a list of lists of indices.
-    """
-    groups: list[list[int]] = []
-    filled = 0
-    for i, sequence in enumerate(sequences):
-        prompt = len(prompts[i]) if prompts else 0
-        is_shared = bool(prompts) and i > 0 and prompts[i] == prompts[i - 1]
-        cost = len(sequence) + (0 if is_shared else prompt)
+    """Group consecutive sequences into microbatches of at most `max_tokens` tokens, or of one that is longer: a list of
+    lists of indices. With `prompts`, each stands behind its own, and equal neighbours in a microbatch share one."""
+    groups, filled, before = [], 0, None
+    for i, (prompt, sequence) in enumerate(zip(prompts or [[]] * len(sequences), sequences)):
+        cost = len(sequence) if prompt == before else len(prompt) + len(sequence)
         if not groups or filled + cost > max_tokens:
             groups.append([])
-            filled, cost = 0, len(sequence) + prompt
+            filled, cost = 0, len(prompt) + len(sequence)
         groups[-1].append(i)
-        filled += cost
+        filled, before = filled + cost, prompt
     return groups
 
 
-def microbatches(
-    sequences: list[list[int]], prompts: list[list[int]] | None, max_tokens: int, rows: Sequence[int] | None = None
-) -> list[tuple[list[int], float]]:
-    """Split the indices `rows`, by default all of `sequences`, into microbatches (see `split_by_tokens`).
-
-    Returns: a list of (indices, weight). Weight is 1. All processes call this together and get equally many, because
-    they gather sharded weights together: one with fewer adds its sequence 0 with weight 0, so it must have one.
-    """
+def microbatches(sequences, prompts, max_tokens: int, rows: Sequence[int] | None = None) -> list[tuple]:
+    """Split the indices `rows`, by default all of `sequences`, into microbatches (see `split_by_tokens`), as a list of
+    (indices, weight). Weight is 1. All processes call this together and get equally many, because they gather sharded
+    weights together: one with fewer adds its sequence 0 with weight 0, so it must have one."""
     rows = range(len(sequences)) if rows is None else rows
     split = split_by_tokens([sequences[i] for i in rows], max_tokens, prompts and [prompts[i] for i in rows])
     parts = [([rows[j] for j in part], 1.0) for part in split]
@@ -946,11 +799,10 @@ def example_microbatches(examples: list[dict], max_tokens: int, count: int | Non
 
 def merged(found: dict[int, object]) -> list:
     """What all processes have found under the numbers 0, 1, …, in this order, on every process."""
-    shares = [found]
+    shares = [found] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, found)
-    return [value for _, value in sorted((i, value) for share in shares for i, value in share.items())]
+    return [value for _, value in sorted(item for share in shares for item in share.items())]
 
 
 def shuffled_passes(count: int, draws: int, seed: int) -> list[int]:
@@ -961,34 +813,26 @@ def shuffled_passes(count: int, draws: int, seed: int) -> list[int]:
     return torch.cat(passes)[:draws].tolist()
 
 
-def mismatches(keys: list[int], seed: int) -> list[int]:
-    """For each of N rows another one at random that has another prompt; rows with the same one have equal `keys`.
-
-    In linear time but for a sort: rows lie prompt by prompt, and a jump ends outside the own one.
-    """
-    _, group, sizes = torch.unique(torch.tensor(keys), return_inverse=True, return_counts=True)
-    assert len(sizes) > 1, "all prompts are the same: there is no answer to another one"
-    uniform = torch.rand(len(keys), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    places = sizes.cumsum(0)[group] + (uniform * (len(keys) - sizes[group])).long()
-    return group.argsort(stable=True)[places % len(keys)].tolist()
-
-
-def with_mismatches(rows, seed: int) -> Callable[[int], dict]:
-    """A function that gives row i of `encode_comparisons` with one more of its `completions` in front: an answer of
-    either kind to another prompt, which `mismatches` draws."""
-    keys = [row["key"] for row in rows] if isinstance(rows, list) else rows["key"][:]
-    others = mismatches(keys, seed)
-
-    def example(i: int) -> dict:
-        answers = rows[others[i]]["completions"]
-        return {**rows[i], "completions": [answers[i % len(answers)], *rows[i]["completions"]]}
-
-    return example
-
-
 def shuffled_pass(rows, step: int, size: int, seed: int) -> list:
     """The `size` rows of `step` 1, 2, … in shuffled passes over `rows`, a function of seed and step alone."""
     places, order = range((step - 1) * size, step * size), {}
     for epoch in {place // len(rows) for place in places}:
         order[epoch] = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))
     return [rows[int(order[place // len(rows)][place % len(rows)])] for place in places]
+
+
+def with_mismatches(rows, seed: int) -> Callable[[int], dict]:
+    """A function that gives row i of `encode_comparisons` with one more of its `completions` in front: an answer of
+    either kind to another prompt, drawn in linear time but for a sort."""
+    keys = torch.tensor([row["key"] for row in rows] if isinstance(rows, list) else rows["key"][:])
+    _, group, sizes = keys.unique(return_inverse=True, return_counts=True)
+    assert len(sizes) > 1, "all prompts are the same: there is no answer to another one"
+    uniform = torch.rand(len(keys), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    places = sizes.cumsum(0)[group] + (uniform * (len(keys) - sizes[group])).long()  # prompt by prompt, behind its own
+    others = group.argsort(stable=True)[places % len(keys)].tolist()
+
+    def example(i: int) -> dict:
+        answers = rows[others[i]]["completions"]
+        return {**rows[i], "completions": [answers[i % len(answers)], *rows[i]["completions"]]}
+
+    return example

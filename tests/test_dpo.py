@@ -15,7 +15,7 @@ from conftest import TINY, first_rows, metrics
 import dpo
 from common import kl
 from common.generation import Completion, is_correct
-from common.tokenizer import encode_comparisons, encode_prompt, load_rows, mismatches, render_chat
+from common.tokenizer import encode_comparisons, encode_prompt, load_rows, render_chat, with_mismatches
 
 CPU, MODEL = torch.device("cpu"), str(TINY)
 ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
@@ -302,13 +302,19 @@ def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processe
     assert (found[-1] > 0) == label
 
 
+def mismatches(keys: list[int], seed: int) -> list[int]:
+    """For rows whose prompts have these keys, the rows that other answers are taken from."""
+    example = with_mismatches([{"key": key, "completions": [[i]]} for i, key in enumerate(keys)], seed)
+    return [example(i)["completions"][0][0] for i in range(len(keys))]
+
+
 def test_dpo_detail_6_every_partner_has_another_prompt_in_linear_time():
     for keys in ([5] * 97 + [1, 2, 3], [1, 2], list(range(50)), [3, 1, 3, 2, 1] * 9):
         for seed in range(20):
             assert all(keys[i] != keys[j] for i, j in enumerate(mismatches(keys, seed)))
     assert len({tuple(mismatches([1, 2, 3], seed)) for seed in range(99)}) == 2**3  # all that there are
-    began = time.perf_counter()
-    mismatches([i // 2 for i in range(500_000)], 1)
+    rows, began = [{"key": i // 2} for i in range(500_000)], time.perf_counter()
+    with_mismatches(rows, 1)
     assert time.perf_counter() - began < 3
     with pytest.raises(AssertionError, match="all prompts are the same"):
         mismatches([7] * 9, 1)
@@ -451,7 +457,7 @@ def test_dpo_detail_1_rows_with_long_prompts_or_no_comparison_are_dropped_and_co
     assert cut["completions"][0] == whole["completions"][0][:1] * 10
     told = capsys.readouterr().out
     assert all(f"rows: 1 of 7 rows dropped: {reason}." in told for reason in bad)
-    assert "rows: 1 answers cut after 10 tokens (--max-completion-tokens)." in told
+    assert "rows: 1 of 7 rows cut after 10 tokens (--max-completion-tokens)." in told
 
 
 PAIR = {"prompt": "1+1=?", "chosen": "2", "rejected": "3", "answer": "none of these"}
