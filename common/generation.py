@@ -691,7 +691,7 @@ def sample_answers(sampler, tokenizer, questions, sampling: tuple, rank: int, wo
     mine = [questions[i] for i in places]
     prompts = [question["ids"] for question in mine]
     with tqdm(total=len(mine) * (num_samples + greedy), desc="sampling", leave=False, disable=None) as bar:
-        groups = sampler.generate(prompts, budget, num_samples, temperature, seed, places, progress=bar.update)
+        groups = sampler.generate(prompts, budget, num_samples, temperature, seed, places, False, bar.update)
         if greedy:
             best = sampler.generate(prompts, budget, temperature=0.0, indices=places, progress=bar.update)
             groups = [group + one for group, one in zip(groups, best)]
