@@ -426,15 +426,22 @@ def gold_answers(row: dict) -> list[str]:
     """The right answers of a row as text; any of them counts. Raises ValueError if it has none or all are empty."""
     if isinstance(row.get("reward_model"), dict):  # as DAPO-Math-17k has it
         row = {"answer": row["reward_model"].get("ground_truth") or ""} | row
-    answers = first_of(row, "answer", "golden_answers", "answers", "solution")
-    answers = [str(a) for a in (answers if isinstance(answers, list) else [answers]) if a is not None]
-    answers = [answer for answer in answers if answer.rpartition("####")[2].strip()]
-    if not answers:
-        raise ValueError("its answer is empty")
-    return answers
+    for name in ("answer", "golden_answers", "answers", "solution"):
+        found = row.get(name, [])
+        answers = [str(a) for a in (found if isinstance(found, list) else [found]) if says_something(str(a))]
+        if answers:
+            return answers
+    first_of(row, "answer", "golden_answers", "answers", "solution")
+    raise ValueError("its answer says nothing")
 
 
-def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -> dict:
+def says_something(answer: str) -> bool:
+    """Whether it is not empty behind ####, nor what data sets write where a question has no answer to check."""
+    answer = answer.rpartition("####")[2].strip()
+    return bool(re.search(r"\w", answer)) and answer.lower() not in ("proof", "notfound", "none")
+
+
+def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool, instruction: str = "") -> dict:
     """A row of `encode_questions`, with the `prompt` it is held out by. Raises ValueError if it cannot be asked."""
     prompt = first_of(row, "prompt", "question", "problem")
     try:
@@ -443,6 +450,9 @@ def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -
         if needs_answer:
             raise
         row.pop("answer", None)
+    if instruction:  # behind what the user asks last
+        *before, last = read_messages(prompt)
+        prompt = [*before, {**last, "content": last["content"] + instruction}]
     text, prefill = opening_text(tokenizer, prompt, row.get("tools"))
     ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template).ids
     if not 0 < len(ids) <= max_tokens:
@@ -450,14 +460,17 @@ def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -
     return {"ids": ids, "prefill": prefill, "row": json.dumps(row, default=str), "prompt": text}
 
 
-def encode_questions(tokenizer, rows, source: str, max_tokens: int, needs_answer: bool = True, required: bool = True):
+def encode_questions(
+    tokenizer, rows, source: str, max_tokens: int, needs_answer: bool = True, required: bool = True, instruction=""
+):
     """Questions as a data set of `ids` (the prompt's), `prefill` (the part of the assistant's turn that the prompt
     already contains) and `row` (a dict; its `answer`, if any, is a list of texts).
 
     Rows with no prompt, one of more than `max_tokens`, or no answer where one is needed are dropped and counted. Exits
     with a sentence if none is left, unless `required` is false: then dropping is silent.
     """
-    encode = partial(encode_question, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    settings = {"max_tokens": max_tokens, "needs_answer": needs_answer, "instruction": instruction}
+    encode = partial(encode_question, tokenizer, **settings)
     questions = encode_rows(tokenizer, rows, source, encode, {"prefill": "string", "row": "string"}, required)
     return questions.with_transform(with_rows)
 
@@ -475,11 +488,13 @@ def load_questions(
     max_tokens: int,
     seed: int,
     needs_answer: bool = True,
+    instruction: str = "",
 ):
     """Two sets from `encode_questions`: to train on, and to evaluate on. The second comes from the first `eval_rows`
     rows of `eval_dataset`, or, if that is None, is held out of the first (see `hold_out`)."""
     assert max_tokens > 0, "--max-completion-tokens fills the model's whole context"
-    encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    settings = {"max_tokens": max_tokens, "needs_answer": needs_answer, "instruction": instruction}
+    encode = partial(encode_questions, tokenizer, **settings)
     return load_split(encode, dataset, eval_dataset, eval_rows, seed)
 
 
