@@ -77,12 +77,14 @@ from common.tokenizer import (
     merged,
     microbatches,
     pad_rows,
+    read_messages,
     shuffled_pass,
     stop_token_ids,
 )
 
 R1_ZERO = (  # DeepSeek-R1-Zero's template for base models: the answer goes on from an opened <think>
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{{ message.content | replace('<think>', '', 1) }}{{ eos_token }}"
     "{% elif message.role == 'system' %}{{ message.content }}\n{% else %}"
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
     "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
@@ -161,7 +163,7 @@ BETWEEN_BOXES = r"[\s$*]*(?:,|;|\band\b|\bor\b|\\text\{ *(?:and|or) *\})[\s$*]*"
 SPELLINGS = [  # of the same thing, one for all
     (r"\$\$", "$"),
     (r"(?<!\\)\$([^$]+)(?<!\\)\$|(?<!\\)\\[()\[\]]|^\*\*|\*\*$|`", r"\1"),
-    (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),
+    (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])|(?<=\\[lg]eq)slant", ""),
     (r"\{,\}|,\\! ?|\\[,!](?=\d{3}(?!\d))", ","),  # in front of thousands
     (r"(?<!\\)\\[,!;: ]|~", " "),
     (r"\\([$%])", r"\1"),
@@ -169,13 +171,13 @@ SPELLINGS = [  # of the same thing, one for all
     (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z]\s*\}$", ""),  # 3\text{ m}
     (r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\[cdt]frac", r"\\frac"),
-    (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
+    (r"(\\frac\{[^{}]*\})\s*(\w)", r"\1{\2}"),
     (r"\\(begin|end)\{[bvBV]matrix\}", r"\\\1{pmatrix}"),
     (r"\^\{?\\circ\}?|°|\\degree", " degrees"),
     (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),
     (r"^\s*[a-zA-Z] ?\\in(?![a-z])", ""),  # x \in [1, 2]
+    (r"\\varnothing", r"\\emptyset"),
     (r"\s+", " "),
 ]
 NUMBER = re.compile(
@@ -183,8 +185,8 @@ NUMBER = re.compile(
     r"(?:(?:(?P<whole>\d+) )?(?P<over>\d+) ?/ ?(?P<under>-?\d+)"
     r"|(?=\.?\d)(?P<digits>(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?)(?:\\(?:overline|bar)\{(?P<again>\d+)\})?"
     r"(?:(?:e| ?(?:\\times|\\cdot|\*) ?10\^)\{?(?P<power>[-+]?\d{1,3})\}?)?)"
-    r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])| [a-z]{3,}(?:[ /][a-z]+){0,3})?"
-    r"(?: ?\^\{?[23]\}?)?",
+    r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])(?: ?/ ?[a-z]+)?"
+    r"| [a-z]{3,}(?:(?: ?/ ?| )[a-z]+){0,3})?(?: ?\^\{?[23]\}?)?",
     re.IGNORECASE,
 )
 SCALES = dict(k=10**3, dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
@@ -196,7 +198,7 @@ NO_UNITS = re.compile(
     r"scores?|gross|sin|cos|tan|exp|point|zero|one|two|three|four|five|six|seven|eight|nine|ten|lakh|crore|\w*teen|"
     r"eleven|twel(?:ve|fths?)|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:teen|tie|elev?en|dred|sand|ion)ths?|th)\b"
 )
-UNIT_AT_END = re.compile(r" (?:square |cubic )?(?:units?|[cmk]?m|inch(?:es)?|feet|miles|degrees?)(?:\^\{?[23]\}?)? ?$")
+UNIT_AT_END = re.compile(r" (?:square |cubic )?(?:units?|[cmk]?m|inch(?:es)?|feet|miles|degrees?)(?: ?\^\{?[23]\}?)?$")
 NAME = r"(?!\\[a-z]*(?:frac|sqrt))[^\d\s=<>+*/^,-][^=<>+*/^,-]*?"  # of a left side: x, a_n, f(x), \angle ABC
 RELATION = re.compile(r"[<>]|\\(?:[lg]eq?|neq?|in|cup|cap|setminus|subset)(?![a-z])")
 UNEVALUATED = re.compile(
@@ -249,7 +251,7 @@ def last_boxes(text: str) -> tuple[int, str | None]:
             end = match.end() + len(inside)
         insides.append(inside)
     hedged = re.match(BETWEEN_BOXES + r"[-+.\\]?[\d\\]", text[end : end + MAX_ANSWER]) if insides else None
-    return first, None if hedged or not all(insides) else ", ".join(insides)
+    return first, ", ".join(insides) if insides and all(insides) and not hedged else None
 
 
 def normal_form(answer: str) -> str:
@@ -298,8 +300,8 @@ def take_apart(answer: str) -> tuple[str, list[str], list[str]]:
     """The values of a list, a set, a tuple, an interval, or of assignments: brackets, which are "" around a set and a
     single value; names of the left sides, if all values have one; values."""
     names, brackets, inside = [], "", answer
-    if whole := re.fullmatch(rf"\( ?({NAME}(?: ?, ?{NAME})+) ?\) ?= ?(\(.*\))", answer):  # (p, q) = (3, 2)
-        names, inside = re.split(" ?, ?", whole[1]), whole[2]
+    if whole := re.fullmatch(rf"\( ?({NAME}(?:, ?{NAME})+)\) ?= ?(\(.*\))", answer):  # (p, q) = (3, 2)
+        names, inside = re.split(" ?, ?", whole[1].strip()), whole[2]
     if re.fullmatch(r"[(\[].*[)\]]", inside) and len(split_outside(inside, r"(?<=[)\]])")) == 1:
         brackets, inside = inside[0] + inside[-1], inside[1:-1]
     elif inside.startswith("\\{") and inside.endswith("\\}"):
@@ -309,6 +311,8 @@ def take_apart(answer: str) -> tuple[str, list[str], list[str]]:
         has_thousands = not brackets and ", " in inside and re.search(r"\d,\d{3}(?!\d)", inside)
         values = split_outside(inside, "; |, " if has_thousands else r"; ?|\band |\bor |, ?(?!and |or )")
     values = [value.replace("\\pm", sign) for value in values for sign in ("+-" if "\\pm" in value else "+")]
+    if first := re.fullmatch(rf"({NAME} ?= ?)[^=]+", (values or [""])[0]):  # x = 1, 2
+        values = [value if "=" in value else first[1] + value for value in values]
     named = [re.fullmatch(rf"({NAME}) ?= ?([^=]+)", value) for value in values]
     if not names and all(named):
         names, values = [match[1].strip() for match in named], [match[2] for match in named]
@@ -319,7 +323,7 @@ def take_apart(answer: str) -> tuple[str, list[str], list[str]]:
 def compare(gold: str, answer: str, algebra=None) -> bool:
     """Whether two answers in normal form say the same. `algebra` compares two formulas; without it NotImplementedError
     is raised where it would be needed."""
-    if re.sub(r" (?!\d)", "", gold) == re.sub(r" (?!\d)", "", answer):
+    if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", answer):
         return True
     brackets, names, values = take_apart(gold)
     their_brackets, their_names, others = take_apart(answer)
@@ -381,11 +385,8 @@ def algebra_worker() -> None:
 
     math-verify compares numbers by rounding and letters without their case, so formulas are subtracted here, with exact
     decimals, and only relations, sets and matrices are left to it."""
-    import json
-    import os
     import resource
     import signal
-    import sys
 
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
@@ -420,7 +421,9 @@ def algebra_worker() -> None:
 
 # What a worker runs: the functions above as they were when this file was imported, without torch.
 SOURCE = Path(__file__).read_text().partition("-- the verifier\n")[2].partition("# What a worker")[0]
-SOURCE = f"import re\nfrom fractions import Fraction\nfrom itertools import accumulate\n{SOURCE}\nalgebra_worker()"
+SOURCE = (
+    f"import json, os, re, sys\nfrom fractions import *\nfrom itertools import accumulate\n{SOURCE}algebra_worker()"
+)
 LIMIT = 3.0  # seconds that a comparison by algebra may take
 WORKERS, OWN = ThreadPoolExecutor(2), threading.local()  # every thread has a process of its own
 
@@ -460,7 +463,7 @@ def grade(completion: str, gold: str | list[str]) -> Grade:
     """Whether the final answer of a completion is right. gold: the answer, or a solution that states it, or several."""
     answer, golds = final_answer(completion), [gold] if isinstance(gold, str) else gold
     golds = [(final_answer(text) or "") if "####" in text or "\\boxed" in text else text for text in golds]
-    golds = [normal_form(text) for text in golds if re.search(r"\w", text)]
+    golds = [normal_form(text) for text in golds if re.search(r"\w", text) and len(text) <= MAX_ANSWER]
     if not golds:
         return Grade(None, answer, "no gold")
     if answer is None or len(answer) > MAX_ANSWER:
@@ -651,19 +654,19 @@ def read(tokenizer, questions: list[dict], groups: list[list[Completion]], args:
     completions = sum(groups, [])
     if args.template == "r1_zero":
         completions = [until_answer(tokenizer, completion) for completion in completions]
-    texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
-    texts = [q["prefill"] + text for q, text in zip(questions, texts)]  # with what the prompt contains of the answer
+    texts = [q["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for q, c in zip(questions, completions)]
     return completions, texts, list(WORKERS.map(grade, texts, [q["row"]["answer"] for q in questions]))
 
 
-def save_verified(path: Path, step: int, found: list[tuple[dict, str]], cap: int) -> None:
+def save_verified(path: Path, step: int, found: list[tuple[dict, str]], cap: int, instruction: str) -> None:
     """Add right completions to the rows at `path`, no two alike, up to `cap` of a question. Rows that a killed run has
     written at this step or later are written again."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = {(str(row["prompt"]), row["completion"]): row for row in map(json.loads, lines) if row["step"] < step}
     counts = Counter(prompt for prompt, _ in rows)
     for row, text in found:
-        prompt = first_of(row, "prompt", "question", "problem")
+        *before, last = read_messages(first_of(row, "prompt", "question", "problem"))
+        prompt = [*before, {**last, "content": last["content"] + instruction}]
         if (str(prompt), text) not in rows and counts[str(prompt)] < cap:
             counts[str(prompt)] += 1
             rows[str(prompt), text] = {"step": step, "prompt": prompt, "completion": text, "answer": row["answer"]}
@@ -675,8 +678,9 @@ def main(args: Args) -> dict:
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % (args.minibatches * world) == 0, "--batch-size: a multiple of minibatches × processes"
-    assert args.num_samples > 1, "--num-samples: a completion is compared with its siblings, so at least 2"
     advantage, ratio_over, mean_over = ALGORITHMS[args.algorithm]
+    assert args.num_samples > 1 or advantage is raw, "--num-samples: at least 2, to compare a completion with siblings"
+    assert args.max_think_tokens < args.max_completion_tokens, "--max-think-tokens: below --max-completion-tokens"
 
     tokenizer, budget = load_tokenizer(args.model, args.today), args.max_completion_tokens
     if args.template == "r1_zero":  # stays with the saved model
@@ -721,7 +725,7 @@ def main(args: Args) -> dict:
             found = dict(enumerate(zip(asked, texts, rewards.flatten().tolist()), rank * len(texts)))
             found = [(row, text) for row, text, is_right in merged(found) if is_right]
             if rank == 0:
-                save_verified(run.folder / "verified.jsonl", step, found, args.keep_per_question)
+                save_verified(run.folder / "verified.jsonl", step, found, args.keep_per_question, instruction)
         graded = time.perf_counter()
 
         # The rollout as rows: B = prompts × G completions of at most T tokens, each row with its prompt.
@@ -729,20 +733,19 @@ def main(args: Args) -> dict:
         sampler_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T]
         mask = pad_rows([torch.ones(len(c.ids)) for c in completions]).to(device)  # [B, T]
         means.add("policy/entropy", -sampler_logprobs, mask)
-        credit, is_active = rewards, torch.ones(len(ids), dtype=torch.bool)
+        credit, active = rewards, range(len(ids))
         if args.algorithm == "expert_iteration":
             credit = first_right(completions, rewards, args.keep_per_question)
             mask = mask * credit.view(-1, 1).to(device)
         if reference is None:  # detail 7
-            is_active = (advantage(credit) != 0).flatten()
+            active = (advantage(credit) != 0).flatten().nonzero().flatten().tolist()
 
         # Every epoch deals the prompts of the whole batch into minibatches; these are this process's rows of each.
         minibatches = []
         for epoch in range(args.update_epochs):
             order = torch.randperm(args.batch_size, generator=torch.Generator().manual_seed(seed + epoch))
             for chosen in order.view(args.minibatches, -1).tolist():
-                minibatches.append([i for i in range(len(ids)) if places[i // args.num_samples] in chosen])
-        minibatches = [[i for i in rows if is_active[i]] for rows in minibatches]
+                minibatches.append([i for i in active if places[i // args.num_samples] in chosen])
 
         split = partial(microbatches, ids, prompts, args.microbatch_tokens)
         rollout = {"prompts": prompts, "completions": ids, "temperature": args.temperature, "bfloat16": bfloat16}
