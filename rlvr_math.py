@@ -282,7 +282,7 @@ def number(answer: str) -> tuple[Fraction, str] | None:
     if (match["sign"] + match["inner"]).count("-") % 2:
         value = -value
     unit = (match["unit"] or "").lower().strip()
-    words = [word.rstrip("s") for word in SYMBOLS.get(unit, unit).replace("/", " per ").split()]
+    words = [word.rstrip("s") or word for word in SYMBOLS.get(unit, unit).replace("/", " per ").split()]
     while words and words[0] in SCALES:
         value *= SCALES[words.pop(0)]
     return None if SCALES.keys() & set(words) else (value, " ".join(words) or SYMBOLS.get(match["currency"], ""))

@@ -146,7 +146,7 @@ def test_t7_sft_detail_3_packing_changes_nothing(model, monkeypatch):
     torch.testing.assert_close(changed[4:].detach(), expected[4:], atol=1e-5, rtol=1e-5)
 
 
-def test_rlvr_math_detail_9_ppo_detail_9_shared_prompts_give_the_same_gradient(model):
+def test_ppo_detail_9_shared_prompts_give_the_same_gradient(model):
     torch.manual_seed(0)
     prompts = [[20, 30, 40, 50]] * 3 + [[60, 61]] * 2
     completions = some_documents(5)
@@ -207,9 +207,7 @@ def some_prompts(tokenizer) -> list[list[int]]:
     return [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]
 
 
-def test_grpo_detail_4_rlvr_math_detail_4_samples_score_as_sampled_and_keep_their_stop_token(
-    model, tokenizer, sharing
-):
+def test_grpo_detail_4_samples_score_as_sampled_and_keep_their_stop_token(model, tokenizer, sharing):
     sampler = Sampler(model, stop_token_ids(tokenizer))
     groups = check_sampler(model, sampler, some_prompts(tokenizer), 40)
     assert any(c.stopped for g in groups for c in g)
