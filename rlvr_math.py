@@ -196,7 +196,7 @@ NO_UNITS = re.compile(
     r"\b(?:or|and|to|more|less|fewer|than|times|plus|minus|over|divided|by|out|not|if|but|pi|sqrt|log|double|triple|"
     r"twice|hal(?:f|ves?)|thirds?|quarters?|squared|cubed|factorial|negative|root|mod|modulo|choose|multiplied|added|"
     r"scores?|gross|sin|cos|tan|exp|point|zero|one|two|three|four|five|six|seven|eight|nine|ten|lakh|crore|\w*teen|"
-    r"eleven|twel(?:ve|fths?)|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:teen|tie|elev?en|dred|sand|ion)ths?|th)\b"
+    r"eleven|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:teen|tie|elev?en|twelf|dred|sand|ion)ths?|th)\b"
 )
 UNIT_AT_END = re.compile(r" (?:square |cubic )?(?:units?|[cmk]?m|inch(?:es)?|feet|miles|degrees?)(?: ?\^\{?[23]\}?)?$")
 NAME = r"(?!\\[a-z]*(?:frac|sqrt))[^\d\s=<>+*/^,-][^=<>+*/^,-]*?"  # of a left side: x, a_n, f(x), \angle ABC

@@ -113,6 +113,7 @@ a_n = 2n+1 ~ 2n+1 | \angle ABC = 60^\circ ~ 60^\circ | \text{Area} = 12 ~ 12 | 1
 \begin{pmatrix} 2 \\ 3 \end{pmatrix} ~ \begin{bmatrix}2\\3\end{bmatrix} | x^2-1 ~ (x-1)(x+1) | 2x+3y=6 ~ 4x+6y=12
 \frac{\sqrt2}{2} ~ \sqrt{\frac12} | 2^{1/3} ~ \sqrt[3]{2} | 3\pi ~ 3π | 2x-y+3=0 ~ y=2x+3 | \frac{1}{x}+C ~ \frac1x + C
 6\pi ~ 6\pi\text{ cm} | 2^{10} ~ 1024 | 1<x<2 ~ (1,2) | (-\infty,2] ~ x \in (-\infty,2] | 73 ~ 073 | 10:30 ~ 10:30
+0.3\pi ~ 0.1\pi+0.2\pi | \frac{1}{2}\ln 2 ~ \frac{\ln 2}{2}
 """,
     False: r"""
 \frac{1}{2^{99}} ~ \frac{1}{2^{98}} | 1.6\times 10^{-19} ~ -1.6\times 10^{-19} | 10^{-20} ~ 3 \cdot 10^{-20}
