@@ -33,12 +33,14 @@ from common.tokenizer import (
     Packed,
     Segment,
     encode_answered,
+    encode_solution,
     example_microbatches,
     first_line,
     first_of,
     load_tokenizer,
     pack,
     pack_completions,
+    pack_scored,
     pad_rows,
     split_by_tokens,
     tell,
@@ -542,7 +544,7 @@ def token_scores(model, batch: Packed, places: torch.Tensor) -> torch.Tensor:
 
 
 class RewardModel:
-    """Scores whole answers with the output of reward_model.py: a sequence classifier with one label, or an ensemble.
+    """Scores answers with the output of reward_model.py, outcome or process: a classifier with one label, or several.
 
     Texts are rendered with the reward model's own tokenizer and template. Each member's score is normalised by the
     `reward_mean` and `reward_std` in its configuration; `ensemble` (mean, min, uwo) then joins the members' scores.
@@ -551,8 +553,9 @@ class RewardModel:
 
     def __init__(self, path: str, device, bfloat16: bool, max_tokens: int, ensemble: str = "mean"):
         flag, config = "--reward-model", load_config(path, "--reward-model")
-        if getattr(config, "reward_kind", "outcome") != "outcome" or config.num_labels != 1:
-            sys.exit(f"{flag} {path}: needs a sequence classifier with one label that scores whole answers.")
+        if config.num_labels != 1:
+            sys.exit(f"{flag} {path}: needs a sequence classifier with one label.")
+        self.separator = config.reward_separator if getattr(config, "reward_kind", "") == "process" else None
         self.tokenizer, self.context = load_tokenizer(path, flag=flag), context_length(path)
         self.members = []
         self.device, self.bfloat16, self.max_tokens, self.ensemble = device, bfloat16, max_tokens, ensemble
@@ -564,10 +567,25 @@ class RewardModel:
     def __call__(self, row: dict, texts: list[str]) -> torch.Tensor:
         """Scores [G], float32 on the CPU, of G answers to the prompt of `row`. Raises ValueError if it has none."""
         prompt = first_of(row, "prompt", "question", "problem")
-        rows = [encode_answered(self.tokenizer, prompt, text)[-self.context :] for text in texts]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
+            if self.separator is not None:
+                return torch.stack([self.solution_logit(prompt, text) for text in texts]).cpu()
+            rows = [encode_answered(self.tokenizer, prompt, text)[-self.context :] for text in texts]
             scores = torch.stack([self.scores(model, rows) for model in self.members])  # [N, G]
         return aggregate_scores(scores, self.ensemble).cpu()
+
+    def solution_logit(self, prompt: str | list[dict], text: str) -> torch.Tensor:
+        """Log-odds that all steps of a solution's reasoning are right, by a process reward model: the product of their
+        probabilities. Without a step there is nothing that it could vouch for."""
+        reasoning = (text.rpartition("</think>")[0] or text).partition("<answer>")[0]
+        steps = [step for step in reasoning.split(self.separator) if step.strip()]
+        if not steps:
+            return torch.tensor(0.0).logit(1e-6)
+        row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
+        solution = encode_solution(self.tokenizer, row, sys.maxsize, sys.maxsize, self.separator)
+        packed, places = pack_scored([solution])
+        scores = [token_scores(model, packed.to(self.device), places.to(self.device)) for model in self.members]
+        return torch.stack(scores).sigmoid().mean(0).prod().logit(1e-6).cpu()
 
     def scores(self, model, rows: list[list[int]]) -> torch.Tensor:
         """Normalised scores [B] of `rows` by one member: packed if its head is linear, else one row at a time."""

@@ -386,12 +386,15 @@ def gold_answers(row: dict) -> list[str]:
     """The right answers of a row as text; any of them counts. Raises ValueError if it has none or all are empty."""
     if isinstance(row.get("reward_model"), dict):  # as DAPO-Math-17k has it
         row = {"answer": row["reward_model"].get("ground_truth") or ""} | row
-    answers = first_of(row, "answer", "golden_answers", "answers", "solution")
-    answers = [str(a) for a in (answers if isinstance(answers, list) else [answers]) if a is not None]
-    answers = [answer for answer in answers if answer.rpartition("####")[2].strip()]
-    if not answers:
-        raise ValueError("its answer is empty")
-    return answers
+    columns = ("answer", "golden_answers", "answers", "solution")
+    first_of(row, *columns)
+    for name in columns:  # some have `proof` or `notfound` for an answer, and perhaps one in the solution
+        answers = row[name] if isinstance(row.get(name), list) else [row.get(name, "")]
+        answers = [str(answer) for answer in answers if answer is not None]
+        answers = [a for a in answers if a.rpartition("####")[2].strip() and a.lower() not in ("proof", "notfound")]
+        if answers:
+            return answers
+    raise ValueError("its answer is empty")
 
 
 def read_conversation(row: dict) -> list[dict] | str:
@@ -486,9 +489,12 @@ def with_rows(some: dict) -> dict:
     return {**some, "row": [json.loads(row or "{}") for row in some["row"]]} if "row" in some else some
 
 
-def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -> dict:
+def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool, instruction: str) -> dict:
     """A row of `encode_questions`, with the `prompt` it is held out by. Raises ValueError if it cannot be asked."""
     prompt = first_of(row, *PROMPT)
+    if instruction:
+        *before, asked = read_messages(prompt)
+        prompt = [*before, {**asked, "content": asked["content"] + instruction}]
     try:
         row["answer"] = gold_answers(row)
     except ValueError:
@@ -502,11 +508,15 @@ def encode_question(tokenizer, row: dict, max_tokens: int, needs_answer: bool) -
     return {"ids": ids, "prefill": prefill, "row": json.dumps(row, default=str), "prompt": text}
 
 
-def encode_questions(tokenizer, rows, source: str, max_tokens: int, needs_answer: bool = True, required: bool = True):
+def encode_questions(
+    tokenizer, rows, source: str, max_tokens: int, needs_answer=True, required=True, instruction: str = ""
+):
     """Questions as a data set of `ids` (the prompt's), `prefill` (the part of the assistant's turn that the prompt
     already contains) and `row` (a dict; its `answer`, if any, is a list of texts). Rows with no prompt, one of more
-    than `max_tokens`, or no answer where one is needed are dropped (see `encode_rows`, also for `required`)."""
-    encode = partial(encode_question, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    than `max_tokens`, or no answer where one is needed are dropped (see `encode_rows`, also for `required`). An
+    `instruction` is put behind what is asked."""
+    settings = {"max_tokens": max_tokens, "needs_answer": needs_answer, "instruction": instruction}
+    encode = partial(encode_question, tokenizer, **settings)
     columns = {"prefill": "string", "row": "string"}
     return encode_rows(tokenizer, rows, source, encode, columns, required).with_transform(with_rows)
 
@@ -610,11 +620,11 @@ def encode_comparisons(
 
 
 def load_questions(
-    tokenizer, dataset: str, eval_dataset: str | None, eval_rows: int, max_tokens: int, seed: int, needs_answer=True
+    tokenizer, dataset: str, eval_dataset: str | None, eval_rows: int, max_tokens: int, seed: int, **settings
 ):
-    """Two sets from `encode_questions`: to train on, and to evaluate on (see `load_split`)."""
+    """Two sets from `encode_questions`, which takes the `settings`: to train and to evaluate on (see `load_split`)."""
     assert max_tokens > 0, "--max-completion-tokens fills the model's whole context"
-    encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, needs_answer=needs_answer)
+    encode = partial(encode_questions, tokenizer, max_tokens=max_tokens, **settings)
     return load_split(encode, dataset, eval_dataset, eval_rows, seed)
 
 

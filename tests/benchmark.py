@@ -127,7 +127,7 @@ def run_ours(
             sys.exit(f"{' '.join(command)} ended with status {status}:\n{output.read()[-2000:]}")
     everything = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     for row in everything:
-        row["seconds"] = row.get("time/step", row.get("time/sample", 0) + row.get("time/train", 0))
+        row["seconds"] = row.get("time/step", sum(row.get(f"time/{part}", 0) for part in ("sample", "grade", "train")))
     rows = everything[2:]
     return {
         "step": statistics.median(r["seconds"] for r in rows),
@@ -263,7 +263,7 @@ def benchmark_trainers(args) -> None:
         # One update a rollout and no dynamic sampling, which TRL lacks; the punishment makes rewards differ.
         dapo = ["--no-dynamic-sampling", "--minibatches", 1, "--overlong-cache", args.tokens - 1]
         compare("dapo", [*shared, *dapo], "dapo", "GRPOTrainer", args, data)
-        rloo = ["--algorithm", "rloo", "--beta", 0.05]
+        rloo = ["--algorithm", "rloo", "--beta", 0.05, "--instruction", ""]
         compare("rlvr_math", [*shared, *rloo], "rloo", "RLOOTrainer", args, data)
 
 

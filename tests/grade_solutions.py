@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rlvr_math import VERIFIER  # noqa: E402
+from rlvr_math import WORKERS, grade  # noqa: E402
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     golds = [row["ground_truth"].rpartition("\nA: ")[2] for row in rows for _ in kinds]
     solutions = [row[kind] for row in rows for kind in kinds]
     began = time.process_time()
-    grades = VERIFIER.grade([(s["solution"], gold) for s, gold in zip(solutions, golds)])
+    grades = list(WORKERS.map(grade, [s["solution"] for s in solutions], golds))
     rate = len(grades) / (time.process_time() - began)
     agreed = sum(g.correct == s["is_correct"] for g, s in zip(grades, solutions))
     right = sum(s["is_correct"] for s in solutions)

@@ -181,6 +181,22 @@ def draw(name: str, seeds: dict[str, dict]) -> None:
     pyplot.close(figure)
 
 
+def draw_scaling(seeds: dict[str, dict]) -> None:
+    """What more samples of rlvr_math.py's model are worth, before and after training: means over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 2.7), layout="tight")
+    for axis, when in zip(figure.subplots(1, 2, sharey=True), ("before", "after")):
+        found = [{f"eval/{kind}@1": seed[when]["eval/accuracy"] for kind in ("pass", "maj")} | seed[when]
+                 for seed in seeds.values()]  # fmt: skip
+        for kind in ("pass", "maj"):
+            names = sorted((int(name.partition("@")[2]), name) for name in found[0] if name.startswith(f"eval/{kind}@"))
+            axis.plot(*zip(*((k, statistics.mean(row[name] for row in found)) for k, name in names)), label=f"{kind}@k")
+        axis.set(title=f"{when} training", xlabel="samples k")
+        axis.legend()
+    figure.savefig(RESULTS / "rlvr_math_scaling.png", dpi=90)
+
+
 def spread(values: list[float], digits: int) -> str:
     """`0.41–0.44`, or one number where they agree."""
     low, high = (f"{value:.{digits}f}".replace("-", "−") for value in (min(values), max(values)))
@@ -251,6 +267,8 @@ def main() -> None:
         result = {"about": origin, "command": described(name), "bars": RECIPES[name].bars, "seeds": seeds}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(name, seeds)
+        if name == "rlvr_math":
+            draw_scaling(seeds)
         failures += [f"{name}, {sentence}" for sentence in below(RECIPES[name].bars, seeds)]
     write_tables()
     if failures:

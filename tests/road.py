@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import dpo  # noqa: E402
 import grpo  # noqa: E402
 import ppo  # noqa: E402
 import reward_model  # noqa: E402
+import rlvr_math  # noqa: E402
 import sft  # noqa: E402
 
 
@@ -40,7 +42,7 @@ class Stage(NamedTuple):
 # What the embedded model needs where a model is named, for the scripts whose defaults are then a real model's.
 SMALL = {
     script: " ".join(
-        f"--{field.name.replace('_', '-')} {value[0] if isinstance(value, tuple) else value}"
+        f"--{field.name.replace('_', '-')} {shlex.quote(str(value[0] if isinstance(value, tuple) else value))}"
         for field in fields(module.Args)
         if (value := getattr(module.EMBEDDED, field.name)) != getattr(module.Args(), field.name)
         and field.name not in ("model", "steps", "eval_every")
@@ -52,6 +54,7 @@ SMALL = {
         ("dpo", dpo),
         ("grpo", grpo),
         ("dapo", dapo),
+        ("rlvr_math", rlvr_math),
     )  # fmt: skip
 }
 # Stages are short, so that each leaves the next one something to show.
@@ -62,7 +65,7 @@ ROAD = {
     "dpo": Stage("dpo", "sft", SMALL["dpo"]),
     "grpo": Stage("grpo", "sft", f"--steps 15 {SMALL['grpo']}"),
     "dapo": Stage("dapo", "grpo", f"--steps 8 {SMALL['dapo']}"),
-    "rlvr_math": Stage("rlvr_math", "dapo", "--steps 20"),
+    "rlvr_math": Stage("rlvr_math", "dapo", f"--steps 20 {SMALL['rlvr_math']}"),
     "agentic": Stage("agentic", "rlvr_math", "--steps 20 --learning-rate 3e-4"),  # a higher one breaks it
 }
 
@@ -115,7 +118,7 @@ def main() -> None:
             if name != "base":
                 stage = ROAD[name]
                 command = [sys.executable, f"{stage.script}.py", "--model", models[stage.start]]
-                command += [*stage.flags.format(**models).split(), "--seed", str(args.seed)]
+                command += [*shlex.split(stage.flags.format(**models)), "--seed", str(args.seed)]
                 command += ["--eval-every", "0", "--output-dir", str(folder / name)]
                 done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 if done.returncode:

@@ -12,21 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, first_rows, metrics, run, start, weights
-from test_scripts import same, timeless
+from conftest import ROOT, TINY, fails, first_rows, metrics, run, same, start, timeless, weights
 
 import dapo
 import dpo
 import grpo
 import ppo
 import reward_model
+import rlvr_math
 import sft
 from common.generation import Completion
 
 # DESIGN: lines in all. The other scripts and common/ join when they are rewritten.
-BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500, "dapo": 500}
+BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500, "dapo": 500,
+           "rlvr_math": 1000}  # fmt: skip
 PLUMBING = 190
-MODULES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "grpo": grpo, "dapo": dapo}
+MODULES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "grpo": grpo, "dapo": dapo,
+           "rlvr_math": rlvr_math}  # fmt: skip
 FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
        for name in ("demonstrations", "maths", "preferences", "steps")}  # fmt: skip
 BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8, "--save-every", 0]
@@ -39,6 +41,7 @@ CASES = {
     "reward_model": ("reward_model", PAIRED),
     "dpo": ("dpo", PAIRED),
     "ppo": ("ppo", [*SAMPLED, "--reward-model", "None", "--update-epochs", 2]),
+    "rlvr_math": ("rlvr_math", [*SAMPLED, "--eval-samples", 2]),
     "reward_model_process": ("reward_model", [*BRIEF, *FEW["steps"], "--batch-size", 8, "--kind", "process"]),
     "reward_model_ensemble": ("reward_model", [*PAIRED, "--ensemble-size", 2, "--normalisation", "scale"]),
     "dpo_kto": ("dpo", [*PAIRED, "--loss", "kto"]),
@@ -51,6 +54,8 @@ CASES = {
                                   "--aggregation", "token"]),
     "dapo_other": ("dapo", [*SAMPLED, "--minibatches", 1, "--overlong-filtering", "--no-dynamic-sampling",
                             "--aggregation", "sequence", "--overlong-cache", 8]),
+    "rlvr_math_rloo": ("rlvr_math", [*SAMPLED, "--eval-samples", 2, "--algorithm", "rloo", "--beta", 0.1,
+                                     "--minibatches", 2, "--save-verified"]),
 }  # fmt: skip
 
 
@@ -106,6 +111,15 @@ def test_help_imports_only_what_it_needs(script):
     output = run(script, "--help", interpreter=True)
     assert "--model" in output and "--resume" in output and "a memory knob" in output
     assert "TINY" not in output and str(TINY) in output  # the defaults are those of the run without a model
+
+
+def test_a_script_imports_no_other_script():
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    for script in scripts:
+        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & scripts
 
 
 def test_defaults_are_for_real_models_where_a_model_is_named(monkeypatch):
@@ -243,14 +257,14 @@ def test_output_folder_is_complete(script, tmp_path):
     if script != "reward_model":
         assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [0]
     glossary = (ROOT / "README.md").read_text().partition("<summary>Every metric</summary>")[2].split("</details>")[0]
-    known = {name for row in metrics(tmp_path) for name in row if name != "step"}
+    known = {re.sub(r"@\d+", "@k", name) for row in metrics(tmp_path) for name in row if name != "step"}
     assert known <= set(re.findall(r"`([a-z]+/[a-z_@]+)`", glossary))
     told = fails(script, *CASES[script][1], "--output-dir", tmp_path)
     assert "already holds a run" in told
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_grpo_detail_7_sft_detail_4_dapo_detail_11_dpo_detail_4_ppo_detail_11_reward_model_detail_4_any_split(
+def test_grpo_detail_7_sft_detail_4_dapo_detail_11_dpo_detail_4_ppo_detail_11_reward_model_detail_4_rlvr_math_detail_7(
     case, tmp_path
 ):
     """Microbatches and processes change the order of sums alone, and a checkpoint of two processes goes on in one."""
@@ -298,6 +312,9 @@ def test_sft_detail_7_grpo_detail_8_dapo_detail_15_dpo_detail_10_ppo_detail_14_r
         assert path.is_dir() or path.read_bytes() == (killed / path.relative_to(whole)).read_bytes(), path.name
     kept = sorted(path.name for path in (killed / "checkpoints").glob("step-??????"))
     assert kept == ["step-000003", "step-000004"]
+    if "--save-verified" in flags:
+        assert 0 < (whole / "verified.jsonl").stat().st_size
+        assert (whole / "verified.jsonl").read_text() == (killed / "verified.jsonl").read_text()
 
 
 @pytest.mark.parametrize("script", BUDGETS)
@@ -349,66 +366,78 @@ def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model
     assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
 
 
-# ---------------------------------------------------------------------------------------------- grpo.py
+# ---------------------------------------------------------------------------------------------- grpo.py, rlvr_math.py
 
 
-def test_grpo_detail_5_ratios_are_1_before_the_first_update_in_bfloat16(tmp_path, monkeypatch):
+KINDS = {"grpo": {"surrogate": "gspo"}, "rlvr_math": {"algorithm": "rloo", "beta": 1}}
+
+
+@pytest.mark.parametrize("script,kind", KINDS.items())
+def test_grpo_detail_5_ratios_are_1_before_the_first_update_in_bfloat16(script, kind, tmp_path, monkeypatch):
     """At GSPO's bounds of 3e-4 the least rounding between π_old and π would clip; the sampler's own numbers would."""
-    ratios, real = [], grpo.policy_loss
+    ratios, real = [], MODULES[script].policy_loss
 
     def noting(logprobs, old_logprobs, *others):
         losses, ratio = real(logprobs, old_logprobs, *others)
         ratios.append(ratio)
         return losses, ratio
 
-    monkeypatch.setattr(grpo, "policy_loss", noting)
-    flags = {"surrogate": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "dtype": "bfloat16", "batch_size": 8}
+    monkeypatch.setattr(MODULES[script], "policy_loss", noting)
+    flags = {**kind, "clip_low": 3e-4, "clip_high": 4e-4, "dtype": "bfloat16", "batch_size": 8}
     for name, several in {"one": {}, "several": {"minibatches": 2, "update_epochs": 2}}.items():
         ratios.clear()
-        row = quick("grpo", tmp_path / name, **flags, num_samples=4, microbatch_tokens=200, **several)
+        row = quick(script, tmp_path / name, **flags, num_samples=4, microbatch_tokens=200, **several)
         assert (ratios[0] == 1).all() and (ratios[1] == 1).all()
         assert row["policy/sampler_gap"] > 1e-5 and abs(row["policy/kl"]) < (1e-9 if name == "one" else 1)
     assert any((ratio != 1).any() for ratio in ratios)
 
 
-def test_grpo_detail_2_what_is_trained_are_the_samplers_own_ids(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script,evaluation", [("grpo", "evaluate_answers"), ("rlvr_math", "evaluate")])
+def test_grpo_detail_2_rlvr_math_detail_2_what_is_trained_are_the_samplers_own_ids(
+    script, evaluation, tmp_path, monkeypatch
+):
     """Ids that no tokenizer would make of their text, the pad token among them, and a completion that was cut."""
     odd = [[9, 8, 7, 52, 1, 0], [1, 1]]  # "</think><think>…" in single tokens, and padding
     groups = [[Completion(odd[0], [-0.5] * 6, True), Completion(odd[1], [-0.25, -2.0], False)]] * 2
-    monkeypatch.setattr(grpo, "evaluate_answers", lambda *args: ({}, []))
+    monkeypatch.setattr(MODULES[script], evaluation, lambda *args: ({}, []))
     monkeypatch.setattr(grpo.Sampler, "generate", lambda *args: groups)
     seen, real = [], grpo.completion_logprobs
-    monkeypatch.setattr(grpo, "completion_logprobs", lambda *a, **k: seen.append(k["completions"]) or real(*a, **k))
-    row = quick("grpo", tmp_path, beta=0.0)
+    noting = lambda *a, **k: seen.append(k["completions"]) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(MODULES[script], "completion_logprobs", noting)
+    row = quick(script, tmp_path, beta=0.1)
     assert seen and all(completions == odd * 2 for completions in seen)
     assert row["completions/length_mean"] == 4 and row["completions/truncated_fraction"] == 0.5
 
 
-def test_the_importance_weight_makes_up_for_the_sampler(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["grpo", "rlvr_math"])
+def test_the_importance_weight_makes_up_for_the_sampler(script, tmp_path, monkeypatch):
     """Truncated at the cap, π_old/μ multiplies the loss of every token, and nothing else of it."""
-    seen, real = [], grpo.aggregate
-    monkeypatch.setattr(grpo, "aggregate", lambda losses, *more: seen.append(losses.detach()) or real(losses, *more))
+    seen, real = [], MODULES[script].aggregate
+    noting = lambda losses, *more: seen.append(losses.detach()) or real(losses, *more)  # noqa: E731
+    monkeypatch.setattr(MODULES[script], "aggregate", noting)
     found = {}
     for cap in (0.0, 2.0, 0.5):
         seen.clear()
-        quick("grpo", tmp_path / str(cap), importance_cap=cap, beta=0.0, batch_size=8, num_samples=4, dtype="bfloat16")
+        quick(script, tmp_path / str(cap), importance_cap=cap, beta=0.0, batch_size=8, num_samples=4, dtype="bfloat16")
         found[cap] = seen[0]
     assert 0 < (found[2.0] - found[0.0]).abs().max() < 0.1
     torch.testing.assert_close(found[0.5], 0.5 * found[0.0])
 
 
-def test_grpo_detail_3_temperature_divides_logits_in_every_forward(tmp_path):
-    row = quick("grpo", tmp_path, temperature=0.6, beta=0.1, batch_size=4)
+@pytest.mark.parametrize("script", ["grpo", "rlvr_math"])
+def test_grpo_detail_3_rlvr_math_detail_2_temperature_divides_logits_in_every_forward(script, tmp_path):
+    row = quick(script, tmp_path, temperature=0.6, beta=0.1, batch_size=4)
     assert row["policy/sampler_gap"] < 1e-6  # the sampler's forward and the policy's
     assert row["policy/kl"] == 0  # the reference's: at step 1 it is the policy
 
 
-def test_beta_0_loads_no_reference(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["grpo", "rlvr_math"])
+def test_beta_0_loads_no_reference(script, tmp_path, monkeypatch):
     loaded, load = [], grpo.load_model
-    monkeypatch.setattr(grpo, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(MODULES[script], "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
     for beta, models in ((0.0, 1), (0.1, 2)):
         loaded.clear()
-        assert ("policy/kl" in quick("grpo", tmp_path / str(beta), beta=beta)) == (beta > 0) and len(loaded) == models
+        assert ("policy/kl" in quick(script, tmp_path / str(beta), beta=beta)) == (beta > 0) and len(loaded) == models
 
 
 def test_a_completion_that_was_cut_earns_no_answer_reward():
@@ -517,6 +546,12 @@ def test_all_five_changes_off_is_plain_grpo(tmp_path):
     ("dapo", {"max_prompt_tokens": 3}, "--max-prompt-tokens"),
     ("dapo", {"overlong_cache": 64}, "must be below --max-completion-tokens"),
     ("sft", {"chat_template": "none.jinja"}, "no such file"),
+    ("rlvr_math", {"num_samples": 1}, "siblings"),
+    ("rlvr_math", {"batch_size": 4, "minibatches": 3}, "a multiple of minibatches"),
+    ("rlvr_math", {"max_think_tokens": 24}, "--max-think-tokens: below"),
+    ("rlvr_math", {"max_completion_tokens": 600}, "whole context"),
+    ("rlvr_math", {"dataset": str(TINY / "corpus.jsonl")}, "columns prompt or question or problem; found text, title"),
+    ("rlvr_math", {"reranker": str(TINY)}, "needs a sequence classifier with one label"),
 ])  # fmt: skip
 def test_what_a_user_names_wrongly_is_told_in_a_sentence(script, changes, sentence, tmp_path):
     with pytest.raises((SystemExit, AssertionError)) as ended:

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run, start, weights
-from test_scripts import SHORT, same, timeless
+from conftest import run, same, start, timeless, weights
+from test_scripts import SHORT
 
-import rlvr_math
+import agentic
 
 STEPS = 5
 PARTS = ["checkpoint", "training", "evaluation", "log"]  # all that a step goes through
@@ -53,8 +53,8 @@ def check_ten_kills(script, tmp_path):
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir() if p.name[0] != ".")
 
 
-@pytest.mark.parametrize("script", ["rlvr_math", "agentic"])
-def test_rlvr_math_detail_10_agentic_detail_10_ten_kills(script, tmp_path):
+@pytest.mark.parametrize("script", ["agentic"])
+def test_agentic_detail_10_ten_kills(script, tmp_path):
     check_ten_kills(script, tmp_path)
 
 
@@ -65,11 +65,11 @@ def test_overwriting_removes_the_sign_of_a_run_last(tmp_path, monkeypatch):
     for name in ("checkpoints", "tensorboard"):
         (tmp_path / name).mkdir()
     removed = []
-    monkeypatch.setattr(rlvr_math.shutil, "rmtree", lambda path: removed.append(path.name))
+    monkeypatch.setattr(agentic.shutil, "rmtree", lambda path: removed.append(path.name))
     monkeypatch.setattr(Path, "unlink", lambda path: removed.append(path.name))
     monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: sys.exit("all is removed"))
     with pytest.raises(SystemExit, match="all is removed"):
-        rlvr_math.Run(rlvr_math.Args(output_dir=str(tmp_path), overwrite=True), "rlvr_math", 0, {})
+        agentic.Run(agentic.Args(output_dir=str(tmp_path), overwrite=True), "agentic", 0, {})
     assert len(removed) == 4 and removed[-1] == "args.json"
 
 
@@ -84,16 +84,16 @@ def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model
         return optimizer
 
     model.vision_tower = torch.nn.Linear(4, 4)
-    run = SimpleNamespace(folder=tmp_path, is_main=True, baseline={}, last={}, carried={}, args=rlvr_math.Args())
+    run = SimpleNamespace(folder=tmp_path, is_main=True, baseline={}, last={}, carried={}, args=agentic.Args())
     for name in ("metrics.jsonl", "samples.jsonl"):
         (tmp_path / name).write_text("")
-    rlvr_math.save_checkpoint(run, 3, model, trained(model))
+    agentic.save_checkpoint(run, 3, model, trained(model))
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     optimizer = torch.optim.AdamW(model.parameters())
-    assert rlvr_math.load_checkpoint(run, model, optimizer, 5) == 3
+    assert agentic.load_checkpoint(run, model, optimizer, 5) == 3
     same(saved, model.state_dict())
     moments = optimizer.state[model.model.norm.weight]
     assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
@@ -101,7 +101,7 @@ def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model
 
 def test_a_checkpoint_before_the_first_step_leaves_the_optimizer_unused(tmp_path, model):
     """As where all first rollouts have taught nothing: PyTorch makes a step to have moments that it can save."""
-    run = SimpleNamespace(folder=tmp_path, is_main=True, baseline={}, last={}, carried={}, args=rlvr_math.Args())
+    run = SimpleNamespace(folder=tmp_path, is_main=True, baseline={}, last={}, carried={}, args=agentic.Args())
     for name in ("metrics.jsonl", "samples.jsonl"):
         (tmp_path / name).write_text("")
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -110,11 +110,11 @@ def test_a_checkpoint_before_the_first_step_leaves_the_optimizer_unused(tmp_path
         model.load_state_dict(start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         if kind == "saved":
-            rlvr_math.save_checkpoint(run, 3, model, optimizer)
+            agentic.save_checkpoint(run, 3, model, optimizer)
         elif kind == "resumed":
-            assert rlvr_math.load_checkpoint(run, model, optimizer, 5) == 3
+            assert agentic.load_checkpoint(run, model, optimizer, 5) == 3
         model(torch.arange(8)[None]).logits.logsumexp(-1).sum().backward()
-        rlvr_math.optimizer_step(model, optimizer, 1.0, 1e-3)
+        agentic.optimizer_step(model, optimizer, 1.0, 1e-3)
         trained.append({name: value.clone() for name, value in model.state_dict().items()})
     assert any((trained[0][name] != start[name]).any() for name in start)
     same(trained[0], trained[1])
@@ -125,7 +125,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     (model(torch.arange(8)[None]).logits.sum() * float("inf")).backward()
     with pytest.raises(SystemExit, match="norm is (inf|nan)"):
-        rlvr_math.optimizer_step(model, optimizer, 1.0, 1e-3)
+        agentic.optimizer_step(model, optimizer, 1.0, 1e-3)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -136,4 +136,4 @@ def test_a_model_that_was_not_saved_after_its_last_checkpoint_is_missing(tmp_pat
     for model_time, is_there in ((10, False), (30, True)):
         os.utime(tmp_path / "model", (model_time, model_time))
         os.utime(checkpoint, (20, 20))
-        assert rlvr_math.has_saved_model(run, checkpoint) == is_there
+        assert agentic.has_saved_model(run, checkpoint) == is_there

@@ -10,6 +10,7 @@ from conftest import TINY
 
 import dapo
 import grpo
+import rlvr_math
 import sft
 from common import kl
 from common.kl import AdaptiveKLController, LogitShape, head_logprobs, kl_estimate, whiten
@@ -213,10 +214,11 @@ def test_t21_grpo_detail_1_advantages():
 def test_t22_aggregation():
     losses = torch.tensor([[1.0, 9.0, 9.0], [2.0, 2.0, 2.0]])
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    for how, expected in (("sequence", 1.5), ("token", 1.75), ("constant", 0.875)):
-        close(grpo.aggregate(losses, mask, how, 2, 4, 4), expected)
-        parts = [grpo.aggregate(losses[i : i + 1], mask[i : i + 1], how, 2, 4, 4) for i in range(2)]
-        close(sum(parts), expected)
+    for how, expected in (("sequence", 1.5), ("token", 1.75), ("constant", 0.875), ("completion", 3.5)):
+        for aggregate in (grpo.aggregate, rlvr_math.aggregate)[how == "completion" :]:
+            close(aggregate(losses, mask, how, 2, 4, 4), expected)
+            parts = [aggregate(losses[i : i + 1], mask[i : i + 1], how, 2, 4, 4) for i in range(2)]
+            close(sum(parts), expected)
 
 
 def test_t25_dapo_detail_13_soft_overlong_punishment():
@@ -286,6 +288,45 @@ def test_bandit_reaches_the_known_optimum():
     assert float((z.detach().softmax(0) - optimum).abs().max()) < 0.03
 
 
+# ---------------------------------------------------------------------------------------------- rlvr_math
+
+
+def test_t21_rlvr_math_detail_1_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    expected = {"grpo": [1.5, -0.5, -0.5, -0.5], "dr_grpo": [0.75, -0.25, -0.25, -0.25]}
+    expected |= {"rloo": [1, -1 / 3, -1 / 3, -1 / 3], "reinforce": [1, 0, 0, 0], "expert_iteration": [1, 0, 0, 0]}
+    for name, (advantage, *_) in rlvr_math.ALGORITHMS.items():
+        close(advantage(rewards), [expected[name]], 1e-4)
+        if name in ("grpo", "dr_grpo", "rloo"):
+            assert (advantage(torch.full((3, 8), 0.1)) == 0).all()
+
+
+def test_t23_rloos_ratio_is_of_the_whole_completion():
+    logprobs, mask = torch.tensor([[0.2, -0.1, 0.2, 5.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    for clip_high, expected in ((9.0, math.exp(0.3)), (0.2, 1.2)):  # clipped once, not token by token
+        arguments = (logprobs, torch.zeros(1, 4), torch.ones(1, 1), mask, "sequence", 0.2, clip_high)
+        losses, rho = rlvr_math.policy_loss(*arguments)
+        close(rho[0], [math.exp(0.3)] * 4)
+        close((losses * mask).sum(), -expected)
+
+
+@pytest.mark.parametrize("name,share", [("reinforce", 1.0), ("rloo", 1.0), ("dr_grpo", 0.5)])
+def test_policy_gradients_by_enumeration(name, share):
+    """Over every group of 2 single-token completions: reinforce and rloo are unbiased, dr_grpo (G − 1)/G of it."""
+    z, rewards = torch.tensor([0.3, -0.2, 0.1], requires_grad=True), torch.tensor([1.0, 0.0, 0.5])
+    (advantage, ratio, mean_over), total, mask = rlvr_math.ALGORITHMS[name], torch.zeros(3), torch.ones(2, 1)
+    for a in range(3):
+        for b in range(3):
+            logprobs = z.log_softmax(0)[torch.tensor([[a], [b]])]
+            advantages = advantage(rewards[torch.tensor([[a, b]])]).view(2, 1)
+            losses, _ = rlvr_math.policy_loss(logprobs, logprobs.detach(), advantages, mask, ratio, 0.2, 0.2)
+            weight = z.detach().softmax(0)
+            loss = rlvr_math.aggregate(losses, mask, mean_over, 2, 2, 1)
+            total -= weight[a] * weight[b] * torch.autograd.grad(loss, z)[0]
+    truth = torch.autograd.grad((z.softmax(0) * rewards).sum(), z)[0]
+    torch.testing.assert_close(total, share * truth, atol=1e-6, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- parity with TRL
 
 
@@ -351,6 +392,47 @@ def test_parity_with_trl_grpo_loss(ours, theirs, surrogate):
     loss = grpo.aggregate(losses, mask, ours, 6, float(mask.sum()), 12)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, new)[0], wanted, atol=1e-6, rtol=1e-4)
+
+
+def our_loss(name: str, new, old, advantages, mask, clip_high: float):
+    _, ratio, mean_over = rlvr_math.ALGORITHMS[name]
+    losses, _ = rlvr_math.policy_loss(new, old, advantages[:, None], mask, ratio, 0.2, clip_high)
+    return rlvr_math.aggregate(losses, mask, mean_over, 6, float(mask.sum()), 12)
+
+
+def test_parity_with_trl_rloo_loss():
+    from collections import defaultdict
+    from unittest.mock import MagicMock
+
+    from trl import RLOOTrainer
+
+    new, old, _, advantages, mask = random_rollout()
+    trainer = MagicMock()
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (new, torch.zeros(6, 9), None)
+    trainer.epsilon_low, trainer.epsilon_high, trainer.beta, trainer.aux_loss_enabled = 0.2, 0.2, 0.0, False
+    trainer.model.training = True
+    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
+    trainer.accelerator.reduce = lambda x, reduction: x
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    inputs = {
+        "prompt_ids": torch.zeros(6, 2, dtype=torch.long), "prompt_mask": torch.ones(6, 2),
+        "completion_ids": torch.zeros(6, 9, dtype=torch.long), "completion_mask": mask, "advantages": advantages,
+        "old_logps": (old * mask).sum(1),
+    }  # fmt: skip
+    expected = RLOOTrainer._compute_loss(trainer, trainer.model, inputs)
+    wanted = torch.autograd.grad(expected, new)[0]
+    ratio = (((new - old) * mask).sum(1)).exp()
+    assert (ratio > 1.2).any() and (ratio < 0.8).any()  # the clip has something to do
+    loss = our_loss("rloo", new, old, advantages, mask, 0.2)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, new)[0], wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+def test_parity_with_trl_grpo_losses(name):
+    new, old, ref, advantages, mask = random_rollout()
+    expected = trl_grpo_loss(new, old, ref, advantages, mask, 0.0, "ppo", name)
+    torch.testing.assert_close(our_loss(name, new, old, advantages, mask, 0.28), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_parity_with_trl_sft_trainer(tmp_path, tokenizer, model):
