@@ -321,12 +321,15 @@ def completion_logprobs(
     completions: list[list[int]],
     temperature: float = 1.0,
     bfloat16: bool = False,
+    masks: list[list[bool]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [b, T] with gradient, and entropies [b, T] without, of the completions `rows` given their
     prompts; float32, zero behind a completion. T is the longest of all `completions`, in `rows` or not. Neighbours with
-    equal prompts share the prompt's forward and backward."""
-    device, width = next(model.parameters()).device, max(map(len, completions))
-    packed = pack_completions([prompts[i] for i in rows], [completions[i] for i in rows]).to(device)
+    equal prompts share the prompt's forward and backward. With `masks`, only the tokens that they name are scored, and
+    stand side by side."""
+    device, width = next(model.parameters()).device, max(map(sum, masks) if masks else map(len, completions))
+    scored = masks and [masks[i] for i in rows]
+    packed = pack_completions([prompts[i] for i in rows], [completions[i] for i in rows], scored).to(device)
     # A forward needs each weight once: a cache of their bfloat16 copies would only take memory.
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
         logprobs, entropy = token_logprobs(model, packed, temperature)
