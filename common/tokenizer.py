@@ -301,7 +301,8 @@ def load_rows(source: str, limit: int | None = None):
         assert len(rows), "it is empty"
     except Exception as error:  # datasets raises many kinds; all of them are about what the user named
         why = first_line(error.__cause__ or error)
-        raise SystemExit(f"{source}: no such file, folder or Hub data set, or no rows in it ({why}).") from error
+        what = "no such file, folder or Hub data set that can be reached, or no rows in it"
+        raise SystemExit(f"{source}: {what} ({why}).") from error
     if kind == "text":
         rows = rows.rename_column("text", JSON_LINE)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
