@@ -440,10 +440,17 @@ def test_beta_0_loads_no_reference(script, tmp_path, monkeypatch):
         assert ("policy/kl" in quick(script, tmp_path / str(beta), beta=beta)) == (beta > 0) and len(loaded) == models
 
 
-def test_a_completion_that_was_cut_earns_no_answer_reward():
+def test_rlvr_math_detail_3_a_completion_that_was_cut_earns_no_answer_reward():
     row = {"answer": ["4"]}
     assert grpo.reward("<answer>4</answer>", row, True) == 1 and grpo.reward("<answer>4</answer>", row, False) == 0
     assert dapo.reward("<answer>4</answer>", row) == 1 and dapo.reward("5", row) == -1
+    right = rlvr_math.grade("\\boxed{4}", "4")
+    assert rlvr_math.reward(right, True) == 1 and rlvr_math.reward(right, False) == 0
+    assert (
+        rlvr_math.reward(right._replace(correct=None), True)
+        == rlvr_math.reward(right._replace(correct=False), True)
+        == 0
+    )
 
 
 @pytest.mark.parametrize("changes", [

@@ -19,7 +19,7 @@ from test_mathematics import close
 import rlvr_math
 from common.generation import Completion, Sampler
 from common.tokenizer import encode_prompt, load_questions, stop_token_ids
-from rlvr_math import WORKERS, Grade, final_answer, grade, normal_form, number
+from rlvr_math import WORKERS, final_answer, grade, normal_form, number
 
 
 @pytest.mark.parametrize("text,answer", [
@@ -80,19 +80,12 @@ WRONG = [("1234", answer) for answer in WRONG.split("|")] + [tuple(pair.split(" 
     "1234 ~ 1, 234|£5 ~ 5 lb|(1,2) ~ (2,1)|5 ~ 5 twentieths|1,2 ~ (1,2)|May 7 ~ 7 yam|1st ~ 1ts|5:30 ~ 1/6|"
     "1101_2 ~ 1101_3|2516_8 ~ 2516|20 km/h ~ 20 km/s|x=1,2 ~ x=1,3|3:5 ~ 5:3"
 ).split("|")]  # fmt: skip
-WAYS = ["<answer>{}</answer>", "so \\boxed{{{}}}", "#### {}"]
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_answers_that_are_right(how):
-    assert [pair for pair in RIGHT if grade(how.format(pair[1]), pair[0]).correct is not True] == []
-    words = [("Saturday", "saturday"), ("\\text{Saturday}", "Saturday")] if "#" not in how else []
-    assert all(grade(how.format(answer), gold).correct for gold, answer in words)
-
-
-@pytest.mark.parametrize("how", WAYS)
-def test_rlvr_math_detail_5_no_false_accept(how):
+@pytest.mark.parametrize("how", ["<answer>{}</answer>", "so \\boxed{{{}}}", "#### {}", "The answer is {}."])
+def test_rlvr_math_detail_5_no_false_accept_however_it_is_stated(how):
     assert [pair for pair in WRONG if grade(how.format(pair[1]), pair[0]).correct is not False] == []
+    assert [pair for pair in RIGHT if grade(how.format(pair[1]), pair[0]).correct is not True] == []
 
 
 BOXED = {  # gold ~ answer in a box; the first 29 kinds of ../shared/cases/verifier.jsonl and their siblings
@@ -119,15 +112,15 @@ a_n = 2n+1 ~ 2n+1 | \angle ABC = 60^\circ ~ 60^\circ | \text{Area} = 12 ~ 12 | 1
 \frac{1}{2^{99}} ~ \frac{1}{2^{98}} | 1.6\times 10^{-19} ~ -1.6\times 10^{-19} | 10^{-20} ~ 3 \cdot 10^{-20}
 1-\frac{1}{2^{99}} ~ 1-\frac{1}{2^{100}} | \sqrt{2}+10^{-20} ~ \sqrt{2} | (0,10^{-20}) ~ (0,2\cdot10^{-20})
 0.1234567890123456789 ~ 0.1234567890123456788 | 6.02\times10^{23} ~ 6.03 \cdot 10^{23} | x=1, y=2 ~ x=2, y=1
-a=1, b=2 ~ a=1, c=2 | (m,n)=(2,3) ~ (n,m)=(2,3) | R-r ~ r-R | \Delta x ~ \delta x | x ~ X | C ~ D
-2A+b ~ 2a+B | 12 ~ \textbf{(D) }13 | (3,2) ~ (2,3) | $(1,2),(3,4)$ ~ (1,2), (4,3) | 3, 5, 7, 9 ~ 3,5,7
-\pm 3 ~ 3 | 2\pm\sqrt{3} ~ 2+\sqrt{3} | \frac{3+\sqrt{17}}{2} ~ \frac{3 \pm \sqrt{17}}{2} | 125\text{ miles} ~ 125 km
+a=1, b=2 ~ a=1, c=2 | (m,n)=(2,3) ~ (n,m)=(2,3) | R-r ~ r-R | \Delta x ~ \delta x | x ~ X | C ~ D | 2A+b ~ 2a+B
+12 ~ \textbf{(D) }13 | (3,2) ~ (2,3) | $(1,2),(3,4)$ ~ (1,2), (4,3) | 3, 5, 7, 9 ~ 3,5,7 | \pm 3 ~ 3
+2\pm\sqrt{3} ~ 2+\sqrt{3} | \frac{3+\sqrt{17}}{2} ~ \frac{3 \pm \sqrt{17}}{2} | 125\text{ miles} ~ 125 km
 (-\infty, 2) ~ (-\infty, 2] | a \leq 1 ~ a < 1 | \frac{1}{3} ~ 0.333 | 0.\overline{3} ~ 0.3 | 3+4i ~ 3-4i | 8\pi ~ 25.13
 \begin{pmatrix} 10^{-20} \end{pmatrix} ~ \begin{pmatrix} 10^{-21} \end{pmatrix} | \frac{22}{7} ~ 3.142857
 \begin{pmatrix} 2 \\ 3 \end{pmatrix} ~ \begin{pmatrix} 3 \\ 2 \end{pmatrix} | x^2-1 ~ (x-1)(x+2) | \sqrt{2} ~ \sqrt{3}
-(3,4) ~ 3,4 | (3,4) ~ \{3,4\} | \{1,2\} ~ (2,1) | [1,2) ~ [1,2] | (1,2) ~ 1<x<2
-\pi ~ 3.141593 | \frac{\pi}{4} ~ \int_0^1 \frac{1}{1+x^2}dx | 2x ~ \frac{d}{dx} x^2 | \sqrt2 ~ \max(\sqrt2,1)
-90^\circ ~ \frac{\pi}{2} | 486 ~ 2 \cdot 3^5 | \frac{a+b}{c} ~ a+b/c | 5 ~ 5 \text{ hours and } 30 \text{ minutes}
+(3,4) ~ 3,4 | (3,4) ~ \{3,4\} | \{1,2\} ~ (2,1) | [1,2) ~ [1,2] | (1,2) ~ 1<x<2 | \pi ~ 3.141593
+\frac{\pi}{4} ~ \int_0^1 \frac{1}{1+x^2}dx | 2x ~ \frac{d}{dx} x^2 | \sqrt2 ~ \max(\sqrt2,1) | 90^\circ ~ \frac{\pi}{2}
+486 ~ 2 \cdot 3^5 | \frac{a+b}{c} ~ a+b/c | 5 ~ 5 \text{ hours and } 30 \text{ minutes}
 """,
 }
 SAID = {  # gold ~ completion; ⏎ is a new line
@@ -237,15 +230,10 @@ def test_no_worker_outlives_its_parent():
     parent.kill()
     parent.wait()
     assert len(set(workers)) == 2
-
-    def runs(worker: str) -> bool:
-        status = Path(f"/proc/{worker}/status")
-        return status.exists() and "zombie" not in status.read_text()
-
     deadline = time.monotonic() + 10
-    while any(map(runs, workers)) and time.monotonic() < deadline:
+    while time.monotonic() < deadline and (left := [worker for worker in workers if Path("/proc", worker).exists()]):
         time.sleep(0.1)
-    assert not any(map(runs, workers))
+    assert not left or all("zombie" in Path("/proc", worker, "status").read_text() for worker in left)
 
 
 def test_t30_grading_works_in_threads_of_ones_own():
@@ -322,11 +310,6 @@ def test_expert_iteration_trains_on_right_completions_without_copies_up_to_a_cap
     assert row["reward/mean"] == pytest.approx(5 / 6)  # of all that was sampled
 
 
-def test_rlvr_math_detail_3_a_cut_completion_earns_nothing():
-    for correct, stopped, expected in ((True, True, 1), (True, False, 0), (False, True, 0), (None, True, 0)):
-        assert rlvr_math.reward(Grade(correct, "2", "compared"), stopped) == expected
-
-
 def test_rlvr_math_detail_3_r1_zeros_template_ends_at_its_answer(tmp_path, monkeypatch, tokenizer):
     letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))  # a tag in many tokens
     for text, end, stopped in (("a</answer>", 10, True), ("a</answer>b</answer>", 10, True), ("a</answer", 9, False)):
@@ -353,11 +336,9 @@ def test_rlvr_math_detail_3_r1_zeros_template_ends_at_its_answer(tmp_path, monke
 @pytest.mark.parametrize("row", [
     {"question": "1+1=?", "answer": "so 1+1=2\n#### 2"},
     {"problem": "1+1=?", "solution": "so it is $\\boxed{2}$", "level": "Level 1"},
-    {"problem": "1+1=?", "answer": "2", "solution": "whatever"},
-    {"problem": "1+1=?", "answer": "", "solution": "so \\boxed{2}"},
+    {"problem": "1+1=?", "answer": "2", "solution": "whatever"}, {"prompt": "1+1=?", "answer": ["two", "2"]},
     {"problem": "1+1=?", "answer": "notfound", "solution": "so \\boxed{2}"},
     {"prompt": [{"role": "user", "content": "1+1=?"}], "answer": 2},
-    {"prompt": "1+1=?", "answer": ["two", "2"]},
 ])  # fmt: skip
 def test_formats_of_questions_and_gold_answers_that_say_nothing(row, tmp_path, tokenizer, capfd):
     empty = [{"question": "1+2=?", "answer": answer} for answer in ("", "proof", "#### ", [])]
@@ -407,10 +388,8 @@ def test_t27_t28_t29_rlvr_math_detail_8_pass_at_k_and_votes():
     assert rlvr_math.vote([7, 7, 9], [1.0] * 3) == 7 and rlvr_math.vote([7, 7, 9], [0.2, 0.3, 0.6]) == 9
     assert rlvr_math.vote([None, None, 1], [1.0] * 3) == 1 and rlvr_math.vote([None], [1.0]) is None
     assert rlvr_math.vote([1, 2, 2, 1], [1.0] * 4) == 1  # of equals the first
-    grades = [
-        grade(text, "5") for text in ("#### 5", "#### 5.0", "#### 6", "none", "\\boxed{6.0}", "#### 7", "#### 6x")
-    ]
-    assert rlvr_math.number_answers(grades) == [0, 0, 1, None, 1, 2, 3]
+    said = ("#### 5", "#### 5.0", "#### 6", "none", "\\boxed{6.0}", "#### 7", "#### 6x")
+    assert rlvr_math.number_answers([grade(text, "5") for text in said]) == [0, 0, 1, None, 1, 2, 3]
 
 
 def test_evaluation_by_hand(monkeypatch, tokenizer):
