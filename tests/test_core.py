@@ -572,7 +572,7 @@ def test_weights_that_are_no_numbers_stop_the_run(script, tmp_path, model, token
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    changes = {"dapo": {"dynamic_sampling": False}, "ppo": {"reward_model": None}}.get(script, {})
+    changes = {"dapo": {"dynamic_sampling": False}, "ppo": {"reward_model": None}, "rlvr_math": {"beta": 0.1}}
     with pytest.raises(SystemExit, match="diverged"):
-        quick(script, tmp_path / "run", model=str(tmp_path / "model"), **changes)
+        quick(script, tmp_path / "run", model=str(tmp_path / "model"), **changes.get(script, {}))
     assert not (tmp_path / "run" / "checkpoints").exists() and not Path(tmp_path / "run" / "model").exists()

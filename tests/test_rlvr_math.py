@@ -303,8 +303,8 @@ def test_expert_iteration_trains_on_right_completions_without_copies_up_to_a_cap
     assert rlvr_math.first_right(group * 2, right.repeat(2, 1), 2).tolist() == [[1, 0, 0, 1, 0, 0]] * 2
     sampling(monkeypatch, *group)
     calls = spied(monkeypatch, "aggregate")
-    settings = {"algorithm": "expert_iteration", "batch_size": 1, "num_samples": 6, "importance_cap": 0.0}
-    row = quick("rlvr_math", tmp_path, **settings, keep_per_question=2)
+    settings = {"algorithm": "expert_iteration", "batch_size": 1, "num_samples": 6, "keep_per_question": 2}
+    row = quick("rlvr_math", tmp_path, **settings, beta=0.1)  # with a KL all rows have a forward
     ((losses, mask, how, _, tokens, *_),) = calls
     assert how == "token" and tokens == mask.sum() == 3 and (losses >= 0).all()  # −log π of [1] and [3, 3]
     assert row["reward/mean"] == pytest.approx(5 / 6)  # of all that was sampled
