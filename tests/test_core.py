@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TINY, fails, first_rows, metrics, run, start, weights
 from test_scripts import same, timeless
 
+import agentic
 import dapo
 import dpo
 import grpo
@@ -24,14 +25,16 @@ import sft
 from common.generation import Completion
 
 # DESIGN: lines in all. The other scripts and common/ join when they are rewritten.
-BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500, "dapo": 500}
+BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500, "dapo": 500, "agentic": 820}
 PLUMBING = 190
 MODULES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "grpo": grpo, "dapo": dapo}
+MODULES["agentic"] = agentic
 FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
-       for name in ("demonstrations", "maths", "preferences", "steps")}  # fmt: skip
+       for name in ("demonstrations", "maths", "preferences", "steps", "tools")}  # fmt: skip
 BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8, "--save-every", 0]
 SAMPLED = [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--max-completion-tokens", 24]
 PAIRED = [*BRIEF, *FEW["preferences"], "--batch-size", 8]
+ACTED = [*BRIEF, *FEW["tools"], "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1]
 CASES = {
     "sft": ("sft", [*BRIEF, *FEW["demonstrations"], "--batch-size", 8]),
     "grpo": ("grpo", SAMPLED),
@@ -39,6 +42,8 @@ CASES = {
     "reward_model": ("reward_model", PAIRED),
     "dpo": ("dpo", PAIRED),
     "ppo": ("ppo", [*SAMPLED, "--reward-model", "None", "--update-epochs", 2]),
+    "agentic": ("agentic", ACTED),
+    "agentic_turns": ("agentic", [*ACTED, "--credit", "turn", "--call-cost", 0.1, "--minibatches", 2, "--beta", 0]),
     "reward_model_process": ("reward_model", [*BRIEF, *FEW["steps"], "--batch-size", 8, "--kind", "process"]),
     "reward_model_ensemble": ("reward_model", [*PAIRED, "--ensemble-size", 2, "--normalisation", "scale"]),
     "dpo_kto": ("dpo", [*PAIRED, "--loss", "kto"]),

@@ -53,8 +53,8 @@ def check_ten_kills(script, tmp_path):
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir() if p.name[0] != ".")
 
 
-@pytest.mark.parametrize("script", ["rlvr_math", "agentic"])
-def test_rlvr_math_detail_10_agentic_detail_10_ten_kills(script, tmp_path):
+@pytest.mark.parametrize("script", ["rlvr_math"])
+def test_rlvr_math_detail_10_ten_kills(script, tmp_path):
     check_ten_kills(script, tmp_path)
 
 

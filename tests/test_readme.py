@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import reproduce
-from conftest import ROOT, TINY, fails, first_rows, metrics, run
+from conftest import ROOT, TINY, first_rows, metrics, run
 
 README = (ROOT / "README.md").read_text()
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
@@ -52,9 +52,7 @@ def test_another_environment_applies_and_runs(tmp_path):
     flags = [*SMALL, "--steps", 2, "--warmup-steps", 1]
     run("vault", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path)
     rows = metrics(tmp_path / "run")
-    assert max(row["reward/mean"] for row in rows[1:]) > 0.1 and rows[-1]["agent/invalid_call_rate"] < 0.2
-    told = fails("agentic", "--resume", tmp_path / "run", "--steps", 3, cwd=tmp_path)
-    assert "environment is Vault, not ToolQuestions" in told
+    assert max(row["reward/mean"] for row in rows[1:]) > 0.1 and rows[-1]["agent/error_rate"] < 0.2
 
 
 def test_there_are_three_changes():

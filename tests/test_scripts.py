@@ -1,4 +1,4 @@
-"""The contract of the two scripts with the older plumbing: they learn, resume exactly, agree over processes."""
+"""The contract of the script with the older plumbing: they learn, resume exactly, agree over processes."""
 
 import ast
 import json
@@ -12,21 +12,19 @@ import pytest
 import torch
 from conftest import ROOT, TINY, first_rows, metrics, refuses, run, start, weights
 
-import agentic
 import rlvr_math
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py")]
-REWRITTEN = {"sft", "reward_model", "ppo", "dpo", "grpo", "dapo"}  # their contract stands in test_core.py
+REWRITTEN = {"sft", "reward_model", "ppo", "dpo", "grpo", "dapo", "agentic"}  # their contract stands in test_core.py
 # Short runs of each script, deterministic on a CPU.
 BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8]
 FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
-       for name in ("maths", "tools")}  # fmt: skip
+       for name in ("maths",)}  # fmt: skip
 SAMPLED = [*BRIEF, *FEW["maths"], "--batch-size", 4, "--max-completion-tokens", 24]  # room for a guess at once
 # For data whose groups do not differ, so that no batch could be filled, and no advantage would need a forward.
 EASY = {"rlvr_math": ["--beta", 0.1]}
 SHORT = {
     "rlvr_math": [*SAMPLED, "--num-samples", 4, "--eval-samples", 2],
-    "agentic": [*BRIEF, *FEW["tools"], "--steps", 4, "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1],
 }  # fmt: skip
 # The same, and the settings of a script that take another path through its loop.
 CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
@@ -34,10 +32,6 @@ CASES = {script: (script, flags) for script, flags in SHORT.items()} | {
     "rlvr_math_rloo": (
         "rlvr_math",
         [*SHORT["rlvr_math"], "--algorithm", "rloo", "--minibatches", 2, "--beta", 0.1, "--max-completion-tokens", 64],
-    ),
-    "agentic_turns": (
-        "agentic",
-        [*SHORT["agentic"], "--credit", "turn", "--call-cost", 0.1, "--minibatches", 2, "--cohorts", 3, "--beta", 0],
     ),
 }  # fmt: skip
 TIMES = ("time/", "memory/", "throughput/")
@@ -89,7 +83,7 @@ EVERYWHERE = """model dataset subset split eval_dataset output_dir resume overwr
 
 
 def test_flags_of_the_contract_are_there_and_of_one_kind():
-    modules = {"rlvr_math": rlvr_math, "agentic": agentic}
+    modules = {"rlvr_math": rlvr_math}
     kinds = {name: {field.name: field.type for field in fields(module.Args)} for name, module in modules.items()}
     for flag in [*EVERYWHERE, "num_samples", "temperature"]:
         scripts = list(modules)
@@ -131,7 +125,7 @@ def timeless(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_agentic_detail_6_any_split_is_the_same(case, tmp_path):
+def test_any_split_is_the_same(case, tmp_path):
     script, flags = CASES[case]
     # After two steps of at most 1e-5: Adam divides tiny differences by tiny gradients, hence a tenth of that way.
     steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
@@ -167,7 +161,7 @@ def test_resume_after_kill_9_is_exact_with_other_settings(case, tmp_path):
         assert verified and verified == (killed / "verified.jsonl").read_text()
 
 
-@pytest.mark.parametrize("script,number", [("rlvr_math", signal.SIGTERM), ("agentic", signal.SIGINT)])
+@pytest.mark.parametrize("script,number", [("rlvr_math", signal.SIGTERM)])
 def test_signals_finish_the_step_and_say_how_to_resume(script, number, tmp_path):
     process = start(script, *SHORT[script], "--steps", 4000, "--output-dir", tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
@@ -239,8 +233,6 @@ def test_missing_files_and_wrong_folders(script, tmp_path):
     assert "--resume" in told and "--overwrite" in told
     assert "already done" in refuses(script, "--resume", tmp_path / "run")
     assert "--learning-rate cannot be changed" in refuses(script, "--resume", tmp_path / "run", "--learning-rate", "1")
-    other = next(s for s in SHORT if s != script)
-    assert "another script" in refuses(other, "--resume", tmp_path / "run")
     about = next((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
     about.write_text(about.read_text().replace('"model": "', '"model": "x'))
     assert "another model" in refuses(script, "--resume", tmp_path / "run", "--steps", 2)
@@ -265,13 +257,13 @@ def test_rows_that_the_chat_template_refuses_are_dropped(script, tmp_path):
     assert "3 of 8 " in output or "3 rows dropped" in output
 
 
-@pytest.mark.parametrize("script", ["rlvr_math", "agentic"])
+@pytest.mark.parametrize("script", ["rlvr_math"])
 def test_prompts_that_are_all_too_long(script, tmp_path):
     flags = ["--dataset", write(tmp_path / "data.jsonl", GOOD * 20), "--max-prompt-tokens", 3]
     assert "--max-prompt-tokens" in refuses(script, *flags, "--output-dir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("module", [agentic, rlvr_math])
+@pytest.mark.parametrize("module", [rlvr_math])
 def test_unicode_line_separators_do_not_end_a_row(module, tmp_path):
     data = write(tmp_path / "d.jsonl", '{"question": "a\u2028b\x85c", "answer": "1"}\n' * 2)
     rows = module.load_rows(str(data), None, "train", (("question", "answer"),))
