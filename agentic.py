@@ -8,9 +8,8 @@ trajectory of a task is judged by how much better it scored than its siblings. W
     credit turn:        A_ik = (R_ik − mean R_·k) / std R_·k             R_ik = Σ_{j≥k} r_ij, over those with a turn k
     loss = mean over i of Σ_t a_t·[ −w_t·min(ρ_t·A, clip(ρ_t, 1−ε_low, 1+ε_high)·A) + β·k3_t ] / Σ_t a_t
 
-Signal: whether the final answer is right. Optimizer: that of grpo.py, on actions alone. Leash: KL to the start, in the
-loss. Defence: a program checks answers, outside calls and reasoning; tools touch nothing but their sandbox; accuracy is
-measured again with the tools withheld.
+Signal: whether the final answer is right. Optimizer: grpo.py's, on actions alone. Leash: KL to the start. Defence: a
+program checks answers; tools touch nothing but a sandbox; accuracy is measured again with the tools withheld.
 
     python agentic.py                                              # embedded model and data, a minute on a laptop
     python agentic.py --model Qwen/Qwen2.5-1.5B-Instruct           # GSM8K with Python, on one GPU
@@ -187,7 +186,8 @@ class Tools:  # what --tools may name
             self.command = self.sandbox()
             told = self.python("print(6 * 7)") if shutil.which(self.command[0]) else "it is not installed"
             remedy = "install it, let it make namespaces (docker run --privileged), or limit alone with --unsafe-python"
-            assert told == "42", f"--tools python: bubblewrap cannot be used here ({told}); {remedy}"
+            if (told := " ".join(told.split())) != "42":
+                sys.exit(f"--tools python: bubblewrap cannot be used here ({told}); {remedy}.")
 
     def calculator(self, expression: str) -> str:
         """Compute an arithmetic expression.
@@ -207,10 +207,9 @@ class Tools:  # what --tools may name
 
     def index_corpus(self) -> None:  # in a file, with SQLite's FTS5
         assert self.args.corpus, "--tools search looks through documents: name them with --corpus"
-        self.folder, documents = tempfile.TemporaryDirectory(), {}
-        for row in map(read_row, load_rows(self.args.corpus)):
-            title, text = row.get("title", ""), first_of(row, "text")
-            documents[text if text.startswith(title) else f"{title}: {text}"] = None
+        rows, self.folder = map(read_row, load_rows(self.args.corpus)), tempfile.TemporaryDirectory()
+        documents = [(row.get("title", ""), first_of(row, "text")) for row in rows]
+        documents = dict.fromkeys(text if text.startswith(title) else f"{title}: {text}" for title, text in documents)
         with sqlite3.connect(f"{self.folder.name}/index") as index:
             index.execute("CREATE VIRTUAL TABLE documents USING fts5(text, tokenize='porter unicode61')")
             index.executemany("INSERT INTO documents VALUES (?)", [[text] for text in documents])
@@ -283,7 +282,7 @@ class Call:  # as the model wrote it, and what came of it
 
 
 def parse_calls(text: str) -> list[Call]:
-    """Calls as Hermes and Qwen write them, `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, outside reasoning."""
+    """Calls in the way of Hermes, `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, outside of reasoning."""
     text, calls, at = text.rpartition("</think>")[2], [], 0
     reasoning = text.find("<think>") % (len(text) + 1)  # or behind the end
     while (found := re.compile(r"<tool_call>\s*").search(text, at)) and found.start() < reasoning:
@@ -320,7 +319,8 @@ class Dialogue:
         self.is_native = "tools" in template and "<function=" not in template and self.keeps_history(True)
         self.is_native &= "<tool_call>" in template or "<tool_call>" in vocabulary
         told = "rewrites earlier turns once a tool has answered: the model would train on another history than it saw"
-        assert self.is_native or self.keeps_history(False), f"The chat template of {tokenizer.name_or_path} {told}."
+        if not self.is_native and not self.keeps_history(False):
+            sys.exit(f"The chat template of {tokenizer.name_or_path} {told}. Use one that only appends.")
 
     def keeps_history(self, is_native: bool) -> bool:
         """Whether a tool's answer is shown, and what was read and written before as it was, but for white space."""
@@ -412,7 +412,7 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
                     assert call.name in tools, f"there is no such tool; the tools are {', '.join(tools) or 'none'}"
                     call.observation = str(tools[call.name](**call.arguments))
                 except (Exception, SystemExit) as error:  # detail 10
-                    kind = "timed_out" if isinstance(error, TimeoutError) else "failed"
+                    kind = {TimeoutError: "timed_out"}.get(type(error), "failed")
                     call.error = kind if call.name in tools else "refused"
                     call.observation = f"error: {type(error).__name__}: {first_line(error)}"
 

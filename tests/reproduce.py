@@ -83,7 +83,7 @@ RECIPES = {
                         ANSWERS, {"eval/accuracy": 0.92, "eval/accuracy_greedy": 0.96}),
     "agentic": Recipe(
         [("agentic", "")],
-        {"reward/mean": "reward", "agent/calls": "calls", "agent/invalid_call_rate": "invalid calls",
+        {"reward/mean": "reward", "agent/calls": "calls", "agent/error_rate": "errors",
          "eval/accuracy": "sampled accuracy"},
         ANSWERS,
         {"eval/accuracy": 0.93, "eval/accuracy_greedy": 0.9},
