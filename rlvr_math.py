@@ -692,7 +692,7 @@ def main(args: Args) -> dict:
     questions, held_out = load_questions(tokenizer, *data, instruction=instruction)
     policy = shard(load_model(args.model, device, args.gradient_checkpointing), world)
     reference = shard(load_model(args.model, device).requires_grad_(False), world) if args.beta else None
-    reranker = RewardModel(args.reranker, device, bfloat16, args.microbatch_tokens) if args.reranker else None
+    reranker = args.reranker and RewardModel(args.reranker, device, bfloat16, args.microbatch_tokens, flag="--reranker")
     stops = stop_token_ids(tokenizer, policy)
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)

@@ -551,8 +551,8 @@ class RewardModel:
     Weights are float32, matrix products bfloat16 on request. Exits with a sentence if a member cannot be loaded.
     """
 
-    def __init__(self, path: str, device, bfloat16: bool, max_tokens: int, ensemble: str = "mean"):
-        flag, config = "--reward-model", load_config(path, "--reward-model")
+    def __init__(self, path: str, device, bfloat16: bool, max_tokens: int, ensemble="mean", flag="--reward-model"):
+        config = load_config(path, flag)
         if config.num_labels != 1:
             sys.exit(f"{flag} {path}: needs a sequence classifier with one label.")
         self.separator = config.reward_separator if getattr(config, "reward_kind", "") == "process" else None

@@ -346,6 +346,8 @@ def gold_answers(row: dict) -> list[str]:
         answers = row[name] if isinstance(row.get(name), list) else [row.get(name, "")]
         answers = [str(answer) for answer in answers if answer is not None]
         answers = [a for a in answers if a.rpartition("####")[2].strip() and a.lower() not in ("proof", "notfound")]
+        if name == "solution" and {*columns[:3]} & set(row):  # beside an empty answer, what it states counts
+            answers = [answer for answer in answers if "\\boxed" in answer]
         if answers:
             return answers
     raise ValueError("its answer is empty")

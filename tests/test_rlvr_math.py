@@ -341,7 +341,7 @@ def test_rlvr_math_detail_3_r1_zeros_template_ends_at_its_answer(tmp_path, monke
     {"prompt": [{"role": "user", "content": "1+1=?"}], "answer": 2},
 ])  # fmt: skip
 def test_formats_of_questions_and_gold_answers_that_say_nothing(row, tmp_path, tokenizer, capfd):
-    empty = [{"question": "1+2=?", "answer": answer} for answer in ("", "proof", "#### ", [])]
+    empty = [{"question": "1+2=?", "answer": answer, "solution": "clear"} for answer in ("", "proof", "#### ", [])]
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in [row] * 5 + empty))
     questions, _ = load_questions(tokenizer, str(data), str(data), 4, 200, 1, instruction=" Go!")
