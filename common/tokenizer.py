@@ -303,48 +303,6 @@ def as_messages(value: str | list[dict], role: str) -> list[dict]:
     return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
-def knows_tools(tokenizer) -> bool:
-    """Whether the chat template tells the model which tools there are."""
-    probe = {"name": "probe_of_tools", "description": "", "parameters": {"type": "object", "properties": {}}}
-    try:
-        text = _render(tokenizer, as_messages("a", "user"), [{"type": "function", "function": probe}], True)
-    except Exception:  # whatever a template that does something else with `tools` may raise
-        return False
-    return "probe_of_tools" in text
-
-
-def encode_between_turns(tokenizer, messages: list[dict]) -> list[int]:
-    """Ids that the template puts between a turn of the assistant and its next one, with `messages` in between.
-
-    What an agent has sampled is never rendered again, so what it reads in between is tokenised by itself: rendered
-    behind a dummy exchange, and taken from behind the assistant's end-of-turn token up to the header of its next turn.
-    """
-    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "REPLY"}]
-    text = _render(tokenizer, [*exchange, *defused(tokenizer, messages)], None, True)
-    between = text.partition("REPLY")[2].partition(end_of_turn(tokenizer))[2]
-    # The first of either: what stands before them is the template's own, what comes after may be anything.
-    return tokenizer.backend_tokenizer.encode(between, add_special_tokens=False).ids
-
-
-def require_kept_history(tokenizer, opening: list[dict], observation: list[dict], tools: list | None = None) -> None:
-    """Exit with a sentence if the template renders earlier turns differently once `observation` follows them.
-
-    White space is ignored, because templates that separate reasoning often put it on its own lines.
-    """
-    reply, history = {"role": "assistant", "content": "<think>one</think>two"}, opening
-    for _ in range(2):
-        before = _render(tokenizer, history, tools, True) + reply["content"]
-        history = [*history, reply, *observation]
-        after = _render(tokenizer, history, tools, True)
-        if not "".join(after.split()).startswith("".join(before.split())):
-            raise SystemExit(
-                f"The chat template of {tokenizer.name_or_path} rewrites earlier turns: once a tool has answered, what "
-                "was read and written before is no longer rendered as it was (or it opens the assistant's turn with "
-                "reasoning of its own). An agent trained on its own tokens would be served another history. Use a "
-                "template that only appends."
-            )
-
-
 def encode_answered(tokenizer, prompt: str | list[dict], text: str) -> list[int]:
     """Ids of a prompt with the assistant's answer to it, as a reward model reads them."""
     if isinstance(prompt, str) and not tokenizer.chat_template:
