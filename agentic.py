@@ -34,6 +34,7 @@ Papers: Search-R1 arXiv:2503.09516, ReTool 2504.11536, GRPO 2402.03300, turn-lev
 """
 
 import gc  # noqa: I001 (sorted, the three lines from common.tokenizer would be twenty)
+import inspect
 import json
 import math
 import os
@@ -202,14 +203,14 @@ class Tools:  # what --tools may name
         if is_large or not re.fullmatch(r"[-+*/%() ]*", re.sub(number, "", text)):  # nothing else reaches eval
             raise ValueError("give numbers and + - * / // % ( ) and ** with whole exponents below 1000, in one line")
         value = Fraction(eval(re.sub(number, r"Fraction('\g<0>')", text), {"Fraction": Fraction, "__builtins__": {}}))
-        above, below = Decimal(value.numerator), Decimal(value.denominator)
-        return str(above if below == 1 else Context(prec=15).divide(above, below))
+        return str(value if value.denominator == 1 else Context(15).divide(*map(Decimal, value.as_integer_ratio())))
 
     def index_corpus(self) -> None:  # in a file, with SQLite's FTS5
         assert self.args.corpus, "--tools search looks through documents: name them with --corpus"
         rows, self.folder = map(read_row, load_rows(self.args.corpus)), tempfile.TemporaryDirectory()
-        documents = [(row.get("title", ""), first_of(row, "text")) for row in rows]
+        documents = [(row.get("title", ""), row["text"]) for row in rows if "text" in row]
         documents = dict.fromkeys(text if text.startswith(title) else f"{title}: {text}" for title, text in documents)
+        assert documents, f"--corpus {self.args.corpus}: its rows have no text"
         with sqlite3.connect(f"{self.folder.name}/index") as index:
             index.execute("CREATE VIRTUAL TABLE documents USING fts5(text, tokenize='porter unicode61')")
             index.executemany("INSERT INTO documents VALUES (?)", [[text] for text in documents])
@@ -237,8 +238,6 @@ for name, value in dict({limits}).items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 exec(compile(sys.stdin.read(), "main.py", "exec"), {{"__name__": "__main__"}})"""
         code = ["-ISu", "-X", "utf8", "-c", prelude]
-        if self.args.unsafe_python:
-            return [python, *code]
         spaces = "--unshare-ipc --unshare-pid --unshare-net --cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID"
         folders = "".join(f" --perms 0755 --dir {folder}" for folder in ("/dev", "/usr", "/python", "/python/bin"))
         command = f"bwrap --die-with-parent --new-session {spaces if is_root else '--unshare-all'}{folders}".split()
@@ -247,7 +246,7 @@ exec(compile(sys.stdin.read(), "main.py", "exec"), {{"__name__": "__main__"}})""
         command += [part for here, there in seen.items() for part in ("--ro-bind-try", here, there)]
         command += "--dev-bind /dev/null /dev/null --size 16777216 --perms 0777 --tmpfs /scratch".split()
         command += "--chdir /scratch --setenv LD_LIBRARY_PATH /python/lib --remount-ro / /python/bin/python".split()
-        return command + code
+        return [python, *code] if self.args.unsafe_python else command + code
 
     def python(self, code: str) -> str:
         """Run Python code, which has the standard library and nothing else, and read what it prints.
@@ -336,13 +335,17 @@ class Dialogue:
         from transformers.utils import get_json_schema
 
         schemas = [get_json_schema(tool) for tool in tools] or None
-        if schemas and not self.is_native:
-            listed = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in schemas)
-            told = f"You can call these tools:\n<tools>\n{listed}\n</tools>\nTo call one, end your turn with its name "
-            told += 'and arguments as JSON:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
-            told += "What it answers comes back in <tool_response> tags, and you go on from there.\n\n"
-            schemas, messages = None, [{**messages[0], "content": told + messages[0]["content"]}, *messages[1:]]
-        return encode_prompt(self.tokenizer, messages, schemas)
+        if self.is_native or not schemas:
+            return encode_prompt(self.tokenizer, messages, schemas)
+        lines = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in schemas)
+        told = f"You can call these tools:\n<tools>\n{lines}\n</tools>\nTo call one, write its name and arguments as a "
+        told += 'JSON object between tags, like this:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
+        told += "Then end your turn. The result comes back in <tool_response> tags, and you go on from it.\n\n"
+        system, *rest = messages if messages[0]["role"] == "system" else [{"content": ""}, *messages]
+        told = (told + system["content"]).strip()
+        with suppress(Exception):  # of a template that takes no such message
+            return encode_prompt(self.tokenizer, [{"role": "system", "content": told}, *rest])
+        return encode_prompt(self.tokenizer, [{**rest[0], "content": f"{told}\n\n{rest[0]['content']}"}, *rest[1:]])
 
     def messages(self, calls: list[Call]) -> list[dict]:
         """What the calls of a turn answered, each cut after so many tokens: the template closes it behind the cut."""
@@ -412,8 +415,8 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
                     assert call.name in tools, f"there is no such tool; the tools are {', '.join(tools) or 'none'}"
                     call.observation = str(tools[call.name](**call.arguments))
                 except (Exception, SystemExit) as error:  # detail 10
-                    kind = {TimeoutError: "timed_out"}.get(type(error), "failed")
-                    call.error = kind if call.name in tools else "refused"
+                    why = "timed_out" if isinstance(error, TimeoutError) else "failed"
+                    call.error = why if call.name in tools else "refused"
                     call.observation = f"error: {type(error).__name__}: {first_line(error)}"
 
         made, calls = self.threads.imap_unordered(make, trajectories), [t.turns[-1] for t in trajectories]
@@ -426,7 +429,7 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
                 call.observation, call.error = "error: it took too long", "timed_out"
 
 
-def encode_task(dialogue: Dialogue, begin: partial, row: dict, max_tokens: int) -> dict:
+def encode_task(dialogue: Dialogue, begin: partial, row: dict, max_tokens: int, about: str = "") -> dict:
     environment = begin()
     messages = read_messages(environment.reset(row))
     ids, bare_ids = dialogue.prompt(messages, environment.tools), dialogue.prompt(messages, [])
@@ -452,8 +455,7 @@ def evaluate_agent(player: Player, tasks, run: "Run", rank: int, world: int, ste
         samples.append(about)
     if rank == 0:
         texts = ["{prompt}{completion}\n── reward {reward:.2f}, gold {gold}\n".format(**one) for one in samples]
-        (run.folder / "transcripts").mkdir(exist_ok=True)
-        (run.folder / "transcripts" / f"step-{step:06d}.txt").write_text("\n".join(texts), encoding="utf-8")
+        (run.folder / f"transcripts-{step:06d}.txt").write_text("\n".join(texts), encoding="utf-8")
         run.bar.write(texts[0])
     return means.over_processes(player.sampler.device), samples
 
@@ -507,9 +509,6 @@ def assign_credit(rewards: torch.Tensor, credit: str, kind: str) -> torch.Tensor
 
 
 def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
-    from datasets import disable_caching
-
-    disable_caching()  # of encoded rows: what an environment makes of them depends on its code
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % (args.minibatches * world) == 0, "--batch-size: a multiple of minibatches × processes"
@@ -520,7 +519,8 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
     dialogue, tools = Dialogue(tokenizer, args.max_observation_tokens), Tools(args)
     begin = partial(environment, [getattr(tools, name) for name in args.tools], args)
     longest = min(args.max_prompt_tokens, context_length(args.model) - budget)
-    encode = partial(encode_task, dialogue, begin, max_tokens=longest)
+    about = repr(args) + inspect.getsource(sys.modules[environment.__module__])  # on which depends what may be cached
+    encode = partial(encode_task, dialogue, begin, max_tokens=longest, about=about)
     encode = partial(encode_rows, tokenizer, encode=encode, columns={"bare_ids": "ints", "row": "string"})
     tasks, held_out = load_split(encode, args.dataset, args.eval_dataset, args.eval_rows, args.seed)
     policy = shard(load_model(args.model, device, args.gradient_checkpointing), world)

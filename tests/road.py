@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import agentic  # noqa: E402
 import dapo  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
@@ -42,7 +43,7 @@ class Stage(NamedTuple):
 # What the embedded model needs where a model is named, for the scripts whose defaults are then a real model's.
 SMALL = {
     script: " ".join(
-        f"--{field.name.replace('_', '-')} {shlex.quote(str(value[0] if isinstance(value, tuple) else value))}"
+        f"--{field.name.replace('_', '-')} {shlex.join(map(str, value if isinstance(value, tuple) else [value]))}"
         for field in fields(module.Args)
         if (value := getattr(module.EMBEDDED, field.name)) != getattr(module.Args(), field.name)
         and field.name not in ("model", "steps", "eval_every")
@@ -55,6 +56,7 @@ SMALL = {
         ("grpo", grpo),
         ("dapo", dapo),
         ("rlvr_math", rlvr_math),
+        ("agentic", agentic),
     )  # fmt: skip
 }
 # Stages are short, so that each leaves the next one something to show.
@@ -66,7 +68,8 @@ ROAD = {
     "grpo": Stage("grpo", "sft", f"--steps 15 {SMALL['grpo']}"),
     "dapo": Stage("dapo", "grpo", f"--steps 8 {SMALL['dapo']}"),
     "rlvr_math": Stage("rlvr_math", "dapo", f"--steps 20 {SMALL['rlvr_math']}"),
-    "agentic": Stage("agentic", "rlvr_math", "--steps 20 --learning-rate 3e-4"),  # a higher one breaks it
+    # A higher learning rate breaks it.
+    "agentic": Stage("agentic", "rlvr_math", f"{SMALL['agentic']} --steps 20 --learning-rate 3e-4"),
 }
 
 
@@ -74,12 +77,11 @@ def measure(folder: str, seed: int) -> dict[str, float]:
     """Shares over 4 samples at temperature 1 of each of the 192 held-out questions, and of the 60 tasks with tools."""
     import torch
 
-    import agentic
     from common.generation import Sampler, is_correct
+    from common.kl import load_model
     from common.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
 
-    args = agentic.Args(model=folder, seed=seed, eval_samples=4)
-    model, tokenizer = agentic.load_model(args, torch.device("cpu")), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
     sampler = Sampler(model, stop_token_ids(tokenizer, model))
     rows = [json.loads(line) for line in (grpo.TINY / "maths_test.jsonl").read_text().splitlines()]
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
@@ -89,18 +91,18 @@ def measure(folder: str, seed: int) -> dict[str, float]:
         return [(row, tokenizer.decode(c.ids), len(c.ids)) for row, group in zip(rows, groups) for c in group]
 
     sampled, greedy = written(4, 1.0), written(1, 0.0)
-    dialogue, tools = agentic.Dialogue(tokenizer, args.max_observation_tokens), agentic.build_tools(args)
-    source = agentic.TINY / "tools_test.jsonl"
-    tasks = [json.loads(line) for line in source.read_text().splitlines()]
-    tasks = agentic.encode_tasks(dialogue, tasks, str(source), agentic.ToolQuestions, tools, args, longest=256)
-    player = agentic.Player(sampler, dialogue, agentic.ToolQuestions, tools, args)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "agentic.py", "--model", folder, *shlex.split(SMALL["agentic"]), "--steps", "0"]
+        command += ["--eval-samples", "4", "--seed", str(seed), "--output-dir", scratch]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        (acted,) = [json.loads(line) for line in Path(scratch, "metrics.jsonl").read_text().splitlines()]
     return {
         "sampled accuracy": sum(is_correct(text, row["answer"]) for row, text, _ in sampled) / len(sampled),
         "greedy accuracy": sum(is_correct(text, row["answer"]) for row, text, _ in greedy) / len(greedy),
         "thinks": sum("</think>" in text for _, text, _ in sampled) / len(sampled),
         "polite": sum("Gladly!" in text.rpartition("</think>")[2] for _, text, _ in sampled) / len(sampled),
         "length": sum(length for *_, length in sampled) / len(sampled),
-        "tasks with tools": agentic.evaluate_agent(player, tasks, args, 0, 1)[0]["eval/accuracy"],
+        "tasks with tools": acted["eval/accuracy"],
     }
 
 

@@ -104,7 +104,7 @@ def test_agentic_learns_to_call_its_tools(seed, tmp_path):
     assert after["agent/error_rate"] <= 0.1
     assert max(row["policy/sampler_gap"] for row in rows[1:]) < 1e-5
     assert max(row["policy/clip_fraction"] for row in rows[1:]) == 0
-    shown = (tmp_path / "transcripts" / "step-000009.txt").read_text()
+    shown = (tmp_path / "transcripts-000009.txt").read_text()
     assert '<tool_call>{"name": "calculator"' in shown and "<|tool|>" in shown and "── reward 1.00, gold" in shown
 
 
@@ -365,9 +365,13 @@ def test_templates_without_tools_are_told_in_words_and_answered_by_the_user(toke
     plain = with_template(PLAIN)
     dialogue = Dialogue(plain, 64)
     assert not dialogue.is_native and Dialogue(tokenizer, 64).is_native
-    prompt = plain.decode(dialogue.prompt([{"role": "user", "content": "hello"}], tools))
-    assert prompt.startswith("<|user|>You can call these tools:") and '"name": "calculator"' in prompt
-    assert prompt.endswith("\n\nhello<|end|>\n<|assistant|>")
+    user = [{"role": "user", "content": "hello"}]
+    prompt = plain.decode(dialogue.prompt(user, tools))
+    assert prompt.startswith("<|system|>You can call these tools:") and '"name": "calculator"' in prompt
+    assert prompt.endswith("go on from it.<|end|>\n<|user|>hello<|end|>\n<|assistant|>")
+    lone = "{% for m in messages if m.role == 'system' %}{{ raise_exception('no system message') }}{% endfor %}" + PLAIN
+    prompt = plain.decode(Dialogue(with_template(lone), 64).prompt(user, tools))
+    assert prompt.startswith("<|user|>You can call these tools:") and prompt.endswith("\n\nhello<|end|>\n<|assistant|>")
     system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
     prompt = plain.decode(dialogue.prompt(system, tools))
     assert prompt.startswith("<|system|>You can call") and "\n\nBe kind.<|end|>\n<|user|>hello" in prompt

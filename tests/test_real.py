@@ -155,17 +155,20 @@ def test_mask_ends_on_the_end_of_turn():
 
 def test_an_agent_calls_its_tools_and_every_stored_token_is_exact():
     """A template that knows no tools; two shots of an example in the prompt, for the model has never seen a call."""
+    from functools import partial
+    from itertools import groupby
+
     import agentic
     from common.generation import Sampler
+    from common.kl import load_model
     from common.tokenizer import load_tokenizer, stop_token_ids
 
-    args = agentic.Args(model=MODEL, tools=("calculator",), max_completion_tokens=48, max_trajectory_tokens=160)
-    tools, tokenizer = agentic.build_tools(args), load_tokenizer(MODEL)
-    model = agentic.load_model(args, torch.device("cpu")).eval()
-    dialogue = agentic.Dialogue(tokenizer, args.max_observation_tokens)
-    player = agentic.Player(
-        Sampler(model, stop_token_ids(tokenizer, model)), dialogue, agentic.ToolQuestions, tools, args
-    )
+    limits = {"max_completion_tokens": 48, "max_trajectory_tokens": 160}
+    args = agentic.Args(model=MODEL, tools=("calculator",), instruction="", **limits)
+    tokenizer, model = load_tokenizer(MODEL), load_model(MODEL, torch.device("cpu"))
+    dialogue, tools = agentic.Dialogue(tokenizer, args.max_observation_tokens), agentic.Tools(args)
+    begin = partial(agentic.ToolQuestions, [tools.calculator], args)
+    player = agentic.Player(Sampler(model, stop_token_ids(tokenizer, model)), dialogue, begin, args)
     shots = []
     for a, b in ((31, 17), (58, 12)):
         call = {"name": "calculator", "arguments": {"expression": f"{a}*{b}"}}
@@ -178,22 +181,19 @@ def test_an_agent_calls_its_tools_and_every_stored_token_is_exact():
     rows = [
         {"prompt": [*shots, {"role": "user", "content": f"What is {n} * 23?"}], "answer": str(23 * n)} for n in (19, 47)
     ]
-    encoding = {"environment": agentic.ToolQuestions, "tools": tools, "args": args, "longest": 900}
-    tasks = agentic.encode_tasks(dialogue, rows, "rows", **encoding)
-    groups = player.play(tasks, [0, 1], 4, 1, 0.7)
-    trajectories = [t for group in groups for t in group]
-    assert any(t.calls and t.calls[0].error is None for t in trajectories)
+    tasks = [agentic.encode_task(dialogue, begin, row, 900) for row in rows]
+    trajectories = sum(player.play(tasks, [0, 1], 4, 0.7, 1), [])
+    assert any(t.turns[0] and t.turns[0][0].error is None for t in trajectories)
     assert any(len(t.turns) > 1 for t in trajectories)
     for t in trajectories:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([t.ids])).logits[0].float() / 0.7
         fresh = logits[:-1].log_softmax(-1).gather(1, torch.tensor(t.ids[1:])[:, None])[:, 0].tolist()
-        assert [i for i, mine in enumerate(t.action_mask) if mine] == [
-            i for turn in t.turns for i in range(turn.start, turn.end)
-        ]
         assert max(abs(fresh[i - 1] - t.logprobs[i]) for i, mine in enumerate(t.action_mask) if mine) < 1e-4
-        for before, after in zip(t.turns, t.turns[1:]):
-            between = tokenizer.decode(t.ids[before.end : after.start])
-            assert between.startswith("\n<|im_start|>user\n<tool_response>\n") and between.endswith(
-                "<|im_start|>assistant\n"
-            )
+        read = [
+            list(run)
+            for mine, run in groupby(range(t.prompt_length, len(t.ids)), t.action_mask.__getitem__)
+            if not mine
+        ]
+        for text in (tokenizer.decode(t.ids[places[0] : places[-1] + 1]) for places in read):
+            assert text.startswith("\n<|im_start|>user\n<tool_response>\n") and text.endswith("<|im_start|>assistant\n")
