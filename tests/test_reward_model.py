@@ -241,8 +241,19 @@ def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_
     assert row["loss/train"] == pytest.approx(loss, rel=1e-4)
     assert row["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics(tmp_path / "run")[0]["eval/loss"] == pytest.approx(loss, rel=1e-4)
-    with pytest.raises(SystemExit, match="scores whole answers"):
-        RewardModel(str(tmp_path / "run" / "model"), CPU, False, 64)
+
+
+def test_a_process_model_scores_a_solution_by_the_product_of_its_steps(tmp_path, tokenizer):
+    model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
+    model.config.reward_kind, model.config.reward_separator = "process", ","
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    said = ["1+1=2,2+1=3</think><answer>3</answer>", "<answer>3</answer>"]  # the second has no step
+    scores = RewardModel(str(tmp_path), CPU, False, 64)({"prompt": "1+1+1=?"}, said)
+    steps = ["1+1=2,", "1+1=2,2+1=3,"]
+    ids = [tokenizer(f"<|user|>1+1+1=?<|end|><|assistant|>{step}").input_ids for step in steps]
+    expected = logits(model, ids).detach().sigmoid().prod()
+    assert scores[0].sigmoid() == pytest.approx(float(expected), rel=1e-3) and scores[1].sigmoid() < 1e-5
 
 
 def test_reward_model_detail_7_separators_do_not_merge_with_steps():
