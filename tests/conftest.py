@@ -15,10 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, so each keeps to one core
 
@@ -64,6 +66,51 @@ def sharing(request, monkeypatch):
     from common import generation
 
     monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
+
+
+@pytest.fixture()
+def graphs_on_a_cpu(monkeypatch):
+    """The sampler as a GPU runs it, with CUDA's graphs played on a CPU. A capture computes nothing; a replay is a plain
+    call at what was captured. Returns how many captures, replays and pools there were."""
+    from common import generation
+
+    counts, capturing = Counter(), []
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            counts["replays"] += 1
+            slots, visible, rows = self.captured
+            slots.visible = visible
+            advance(slots, rows)
+
+    @contextmanager
+    def graph(one, pool):
+        counts["captures"] += 1
+        counts["pools"] += pool is None
+        capturing.append(one)
+        yield
+        capturing.pop()
+
+    def advance_or_capture(slots, rows):
+        if capturing:
+            capturing[0].captured = weakref.proxy(slots), slots.visible, rows
+        else:
+            advance(slots, rows)
+
+    def init(sampler, *args, **kwargs):
+        real_init(sampler, *args, **kwargs)
+        sampler.uses_graphs = sampler.can_capture = True
+
+    advance, real_init, stream = generation._Slots._advance, generation.Sampler.__init__, MagicMock()
+    monkeypatch.setattr(generation._Slots, "_advance", advance_or_capture)
+    monkeypatch.setattr(generation.Sampler, "__init__", init)
+    played = {"CUDAGraph": Graph, "graph": graph, "Stream": stream, "current_stream": stream, "stream": nullcontext}
+    for name, value in {**played, "set_stream": stream, "set_sync_debug_mode": stream}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *a, play=value, **k: play(*a, **k))
+    return counts
 
 
 # Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,

@@ -1,5 +1,9 @@
 """The tokenizer's masks, packing and the sampler: the invariants that every script rests on."""
 
+import gc
+import weakref
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -228,20 +232,64 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer, sharing):
     assert [[c.ids for c in g] for g in Sampler(model, stops).generate(prompts, 40, 4, seed=8)] != ids
 
 
-def test_rows_that_idle_beside_live_ones_change_nothing(model, tokenizer, monkeypatch):
-    """A GPU decodes the next power of two of rows, and those without a text may still name a live one's sample."""
+CALLS = [(24, 8, 1.0), (40, 8, 1.0), (200, 3, 1.0), (24, 8, 1.0), (24, 2, 0.0)]  # budget, samples, temperature
 
-    def decode(slots):
-        slots.visible = int((slots.length - slots.offset)[: slots.rows].max()) + 1
-        slots._advance(min(slots.capacity, 1 << (slots.rows - 1).bit_length()))
 
-    monkeypatch.setattr(generation, "SHARE_FROM", 2**60)
-    found = []
-    for _ in range(2):
-        groups = Sampler(model, stop_token_ids(tokenizer)).generate(some_prompts(tokenizer), 40, 8, seed=3)
-        found.append([[(c.ids, c.stopped) for c in group] for group in groups])
-        monkeypatch.setattr(generation._Slots, "decode", decode)
-    assert found[0] == found[1]
+def drawn(sampler, tokenizer, budget: int, samples: int, temperature: float) -> list:
+    groups = sampler.generate(some_prompts(tokenizer), budget, samples, temperature, seed=3)
+    return [[(c.ids, c.stopped) for c in group] for group in groups]
+
+
+def test_graphs_draw_the_samples_of_plain_steps(model, tokenizer, request):
+    """A GPU decodes the next power of two of rows at rounded widths, idle rows beside live ones, in memory that stays
+    from call to call; rows beyond it wait."""
+    stops = [37]  # "8": some samples run far, and then the longest of them end
+    expected = [drawn(Sampler(model, stops), tokenizer, *call) for call in CALLS]
+    counts = request.getfixturevalue("graphs_on_a_cpu")
+    sampler, bytes_of_a_row = Sampler(model, stops), 4 * 2 * 2 * 32 * 4 * 256
+    for memory, most_rows in ((None, 24), (5.5 * bytes_of_a_row / 1e9, 5)):
+        sampler.memory_gb, sampler.slots = memory or sampler.memory_gb, None
+        assert [drawn(sampler, tokenizer, *call) for call in CALLS] == expected
+        assert sampler.slots.capacity == most_rows and sampler.slots.width == 256
+    widths = {key[1] for key in sampler.slots.graphs}
+    assert 128 in widths and len(widths) > 1 and counts["captures"] < counts["replays"] / 5
+    before, slots = counts["captures"], sampler.slots
+    drawn(sampler, tokenizer, 201, 3, 1.0)  # a token more changes no shape
+    assert counts["captures"] == before and sampler.slots is slots
+    assert counts["pools"] == 2 * 3  # for each memory: the first call's, a longer and the longest one's
+
+
+@pytest.mark.parametrize("moment", ["while it is captured", "when the capture ends"])
+def test_a_step_that_cannot_be_captured_runs_eagerly_after_one_notice(
+    moment, model, tokenizer, monkeypatch, capsys, request
+):
+    expected = drawn(Sampler(model, stop_token_ids(tokenizer)), tokenizer, *CALLS[1])
+    counts = request.getfixturevalue("graphs_on_a_cpu")
+
+    @contextmanager
+    def fails(graph, pool):
+        counts["failed"] += 1
+        if moment == "when the capture ends":
+            yield
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    sampler = Sampler(model, stop_token_ids(tokenizer))
+    assert [drawn(sampler, tokenizer, *CALLS[1]) for _ in range(2)] == [expected] * 2
+    told = capsys.readouterr().err
+    assert told.count("notice: no CUDA graphs") == 1 and "is capturing)" in told and "more" not in told
+    assert counts == {"failed": 1} and not sampler.slots.graphs
+
+
+def test_the_samplers_memory_is_free_as_soon_as_it_is_gone(model, tokenizer, graphs_on_a_cpu):
+    """Not when Python next looks for cycles: sft.py makes a sampler for each evaluation."""
+    sampler = Sampler(model, stop_token_ids(tokenizer))
+    drawn(sampler, tokenizer, *CALLS[0])
+    slots = weakref.ref(sampler.slots)
+    gc.disable()
+    del sampler
+    gc.enable()
+    assert slots() is None
 
 
 def test_budget_per_prompt_and_greedy(model, tokenizer, sharing):
