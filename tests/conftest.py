@@ -236,6 +236,7 @@ def start_several(script: str, count: int, *args, **kwargs) -> list[Started]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common["LOCAL_WORLD_SIZE"] = str(count)
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [start(script, *args, environment=rank, **kwargs) for rank in ranks]
 

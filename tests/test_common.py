@@ -1,11 +1,14 @@
 """The tokenizer's masks, packing and the sampler: the invariants that every script rests on."""
 
 import gc
+import os
+import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from conftest import PATIENCE, SERVER, TINY, ensure_server
 
 from common import generation, kl
 from common.generation import Sampler, draw
@@ -187,6 +190,50 @@ def test_split_by_tokens():
     assert split_by_tokens([[0] * n for n in (3, 3, 9, 1, 1)], 6) == [[0, 1], [2], [3, 4]]
     prompt, other = [1] * 4, [2] * 4
     assert split_by_tokens([[0]] * 4, 6, [prompt, prompt, other, other]) == [[0, 1], [2, 3]]
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_and_note(rank: int, folder) -> None:
+    """Load two models as the second of three processes would that cannot read the first, or as another of them."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+
+    def noting(name, real):
+        def load(*args, **kwargs):
+            began = time.monotonic()
+            model = real(*args, **kwargs)
+            time.sleep(0.1)
+            (folder / f"{name}-{rank}").write_text(f"{began} {time.monotonic()}")
+            if (name, rank) == ("language", 1):
+                raise OSError("no such file")
+            return model
+
+        return load
+
+    AutoModelForCausalLM.from_pretrained = noting("language", AutoModelForCausalLM.from_pretrained)
+    with suppress(SystemExit):
+        kl.load_model(str(TINY), "cpu")
+    scalar = AutoModelForSequenceClassification.from_pretrained
+    AutoModelForSequenceClassification.from_pretrained = noting("scalar", scalar)
+    kl.load_scalar_model(str(TINY), "cpu", head_seed=1)
+
+
+def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
+    """So that its memory holds one copy of the weights at a time; one that fails does not keep the others waiting."""
+    ensure_server()
+    processes = [SERVER.Process(target=load_and_note, args=(rank, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    for name in ("language", "scalar"):
+        times = [float(t) for rank in range(3) for t in (tmp_path / f"{name}-{rank}").read_text().split()]
+        assert times == sorted(times)
 
 
 # ---------------------------------------------------------------------------------------------- sampler
