@@ -426,17 +426,17 @@ class _Slots:
         key = (rows, self.visible, self.temperature)
         if key in self.graphs:
             return self.graphs[key].replay()
-        outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(outside)
-        with torch.cuda.stream(stream):  # this step off the graph: libraries set up their workspaces in it
-            self._advance(rows)
-        outside.wait_stream(stream)
         if not self.sampler.can_capture:
-            return
-        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph in self.graphs.values()), None)
+            return self._advance(rows)
+        graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        capture = torch.cuda.graph(graph, pool=next((other.pool() for other in self.graphs.values()), None))
+        capture.capture_stream.wait_stream(outside)  # one for all: libraries have a workspace for each
+        with torch.cuda.stream(capture.capture_stream):  # this step off the graph: they set it up in it
+            self._advance(rows)
+        outside.wait_stream(capture.capture_stream)
         warnings.filterwarnings("ignore", message="Synchronization debug mode")
         try:
-            with torch.cuda.graph(graph, pool=pool):  # what is captured does not run
+            with capture:  # what is captured does not run
                 torch.cuda.set_sync_debug_mode("error")  # raises before a wait breaks the capture
                 self._advance(rows)
             self.graphs[key] = graph

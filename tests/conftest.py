@@ -17,7 +17,7 @@ import time
 import traceback
 import weakref
 from collections import Counter
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -35,11 +35,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and m
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `real` are left out, not skipped, where no real model is named."""
-    if not os.environ.get("REAL_MODEL"):
-        real = [item for item in items if "real" in item.keywords]
-        config.hook.pytest_deselected(items=real)
-        items[:] = [item for item in items if item not in real]
+    """Tests marked `real` are left out, not skipped, where no real model is named; those marked `cuda` unless asked."""
+    wanted = {"real": os.environ.get("REAL_MODEL"), "cuda": "cuda" in config.option.markexpr}
+    left_out = [item for item in items if any(mark in item.keywords for mark in wanted if not wanted[mark])]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -86,15 +86,25 @@ def graphs_on_a_cpu(monkeypatch):
             slots.visible = visible
             advance(slots, rows)
 
-    @contextmanager
-    def graph(one, pool):
-        counts["captures"] += 1
-        counts["pools"] += pool is None
-        capturing.append(one)
-        yield
-        capturing.pop()
+    class Capture:
+        capture_stream = MagicMock()
+
+        def __init__(self, graph, pool):
+            self.graph = graph
+            counts["pools"] += pool is None
+
+        def __enter__(self):
+            counts["captures"] += 1
+            capturing.append(self.graph)
+
+        def __exit__(self, *error):
+            capturing.pop()
+            if counts["when the capture ends"]:
+                raise RuntimeError("invalidated")
 
     def advance_or_capture(slots, rows):
+        if capturing and counts["while it is captured"]:
+            raise RuntimeError("operation not permitted")
         if capturing:
             capturing[0].captured = weakref.proxy(slots), slots.visible, rows
         else:
@@ -104,12 +114,12 @@ def graphs_on_a_cpu(monkeypatch):
         real_init(sampler, *args, **kwargs)
         sampler.uses_graphs = sampler.can_capture = True
 
-    advance, real_init, stream = generation._Slots._advance, generation.Sampler.__init__, MagicMock()
+    advance, real_init, mock = generation._Slots._advance, generation.Sampler.__init__, MagicMock()
     monkeypatch.setattr(generation._Slots, "_advance", advance_or_capture)
     monkeypatch.setattr(generation.Sampler, "__init__", init)
-    played = {"CUDAGraph": Graph, "graph": graph, "Stream": stream, "current_stream": stream, "stream": nullcontext}
-    for name, value in {**played, "set_stream": stream, "set_sync_debug_mode": stream}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *a, play=value, **k: play(*a, **k))
+    played = {"CUDAGraph": Graph, "graph": Capture, "stream": nullcontext}
+    for name, value in {**played, "current_stream": mock, "set_stream": mock, "set_sync_debug_mode": mock}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
     return counts
 
 

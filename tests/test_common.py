@@ -4,7 +4,7 @@ import gc
 import os
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -307,25 +307,16 @@ def test_graphs_draw_the_samples_of_plain_steps(model, tokenizer, request):
 
 
 @pytest.mark.parametrize("moment", ["while it is captured", "when the capture ends"])
-def test_a_step_that_cannot_be_captured_runs_eagerly_after_one_notice(
-    moment, model, tokenizer, monkeypatch, capsys, request
-):
+def test_a_step_that_cannot_be_captured_runs_eagerly_after_one_notice(moment, model, tokenizer, capsys, request):
     expected = drawn(Sampler(model, stop_token_ids(tokenizer)), tokenizer, *CALLS[1])
     counts = request.getfixturevalue("graphs_on_a_cpu")
 
-    @contextmanager
-    def fails(graph, pool):
-        counts["failed"] += 1
-        if moment == "when the capture ends":
-            yield
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(torch.cuda, "graph", fails)
+    counts[moment] = 1
     sampler = Sampler(model, stop_token_ids(tokenizer))
     assert [drawn(sampler, tokenizer, *CALLS[1]) for _ in range(2)] == [expected] * 2
     told = capsys.readouterr().err
-    assert told.count("notice: no CUDA graphs") == 1 and "is capturing)" in told and "more" not in told
-    assert counts == {"failed": 1} and not sampler.slots.graphs
+    assert told.count("notice: no CUDA graphs") == 1 and told.count("\n") == 1
+    assert counts["captures"] == 1 and not counts["replays"] and not sampler.slots.graphs
 
 
 def test_the_samplers_memory_is_free_as_soon_as_it_is_gone(model, tokenizer, graphs_on_a_cpu):
