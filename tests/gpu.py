@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -55,8 +56,7 @@ def build(config, device, dtype=torch.float32, is_compiled: bool = False):
     return model
 
 
-def seconds(work) -> float:
-    """Of work that waits for its results."""
+def seconds(work) -> float:  # of work that waits for its results
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -68,8 +68,8 @@ def ceilings(args) -> tuple[float, float]:
     a = torch.randn(size, size, device=args.device, dtype=torch.bfloat16)
     big, there = torch.ones(2, size**2 * 8, dtype=torch.uint8, device=args.device)
     works = [(lambda: there.copy_(big)[0].item(), 2 * big.nbytes), (lambda: (a @ a)[0, 0].item(), 2 * size**3)]
-    copy, product = (amount / median(seconds(work) for _ in range(10)) for work, amount in works)
-    return copy, next((peak for part, peak in PEAKS.items() if part in args.name), product)
+    copy, matrices = (amount / median(seconds(work) for _ in range(10)) for work, amount in works)
+    return copy, next((peak for part, peak in PEAKS.items() if part in args.name), matrices)
 
 
 def measure_sampler(args, shape: str, rows: int) -> list[str]:
@@ -165,13 +165,11 @@ def main() -> None:
     print(f"a copy moves {args.bandwidth / 1e12:.2f} TB/s; MFU is of {args.peak / 1e12:.2g} TFLOP/s\n")
     print("| what | tokens/s | time | share of the bound | peak memory |\n" + "|---" * 5 + "|")
     shapes = ["tiny"] if args.quick else ["0.5B", "135M"]
-    for shape in shapes if "sampler" in args.only else []:
-        for rows in (8, 16) if args.quick else (256, 64, 1024):
-            tell(args, measure_sampler, shape, rows)
-    for is_compiled in [part == "compiled" for part in ("training", "compiled") if part in args.only]:
-        for shape in shapes:
-            for script in ("sft", "grpo"):
-                tell(args, measure_training, script, shape, is_compiled)
+    for shape, rows in product(shapes, (8, 16) if args.quick else (256, 64, 1024)) if "sampler" in args.only else []:
+        tell(args, measure_sampler, shape, rows)
+    kinds = [part == "compiled" for part in ("training", "compiled") if part in args.only]
+    for is_compiled, shape, script in product(kinds, shapes, ("sft", "grpo")):
+        tell(args, measure_training, script, shape, is_compiled)
     print(f"\n{time.perf_counter() - BEGAN:.0f} seconds in all")
 
 
