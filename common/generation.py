@@ -22,6 +22,8 @@ import copy
 import math
 import re
 import sys
+import warnings
+import weakref
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
@@ -33,7 +35,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common.kl import grouped_attention, head_logits, heads_and_dim, layout_arguments, logit_shape, supports_layout
+from common import kl
+from common.tokenizer import first_line
 
 
 class Completion(NamedTuple):
@@ -84,9 +87,9 @@ class Sampler:
         self.source, self.model, self.dtype = model, model, dtype
         self.device = next(model.parameters()).device
         self.stop_ids = torch.tensor(stop_ids, device=self.device)
-        self.is_served, self.uses_graphs = supports_layout(model), self.device.type == "cuda"
+        self.is_served, name = kl.supports_layout(model), type(model).__name__
+        self.uses_graphs = self.can_capture = self.device.type == "cuda"
         if not self.is_served:
-            name = type(model).__name__
             print(f"notice: the fast sampler does not serve {name}; using model.generate instead.", file=sys.stderr)
         memory = torch.cuda.get_device_properties(self.device).total_memory / 5 if self.uses_graphs else 4e9
         self.memory_gb = memory_gb or memory / 1e9
@@ -109,7 +112,7 @@ class Sampler:
             for target, source in zip(targets, sources):
                 target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
         head = self.model.get_output_embeddings()
-        self.head_bias, self.logit_shape = head.bias, logit_shape(self.model)
+        self.head_bias, self.logit_shape = head.bias, kl.logit_shape(self.model)
         # A CPU multiplies in float32, where bfloat16 factors are exact; CUDA graphs hold the module's own memory.
         self.head_weight = head.weight.float() if self.device.type == "cpu" else head.weight
 
@@ -182,26 +185,24 @@ class Sampler:
         return next((ids for n in lengths if (ids := tuple(prompt[:n])) in self.kept), ())
 
     def _fall_back(self, prompts, budgets, num_samples, temperature, seed, numbers, progress) -> list[Completion]:
-        """The same result from `model.generate`, prompt by prompt, for models whose layers have no key/value slots."""
+        """The same from `model.generate`, scored by one forward, for models whose layers have no key/value slots."""
         from transformers import GenerationConfig
 
-        results = []
-        stops = self.stop_ids.tolist()
+        results, stops = [], self.stop_ids.tolist()
         options = {"eos_token_id": stops, "pad_token_id": stops[0], "num_return_sequences": num_samples}
-        options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": temperature > 0}
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # no penalties, no min_p
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for i, (prompt, budget) in enumerate(zip(prompts, budgets)):
                 torch.manual_seed((seed * 1_000_003 + numbers[i * num_samples]) % 2**63)
                 ids = torch.tensor([prompt], device=self.device)
-                out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=budget, **options)
-                drawn, logits = out.sequences[:, len(prompt) :], torch.stack(out.logits, dim=2)  # [G, T], [G, V, T]
-                logprobs = -F.cross_entropy(logits.float() / (temperature or 1), drawn, reduction="none")
-                for row, scores in zip(drawn.tolist(), logprobs.tolist()):
-                    end = next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
-                    results.append(Completion(row[:end], scores[:end], row[end - 1] in stops))
+                drawn = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=budget, **options)
+                drawn = drawn[:, len(prompt) :].tolist()
+                ends = [next((j + 1 for j, token in enumerate(row) if token in stops), len(row)) for row in drawn]
+                drawn, group = [row[:end] for row, end in zip(drawn, ends)], range(num_samples)
+                scores, _ = kl.completion_logprobs(self.model, group, [prompt] * num_samples, drawn, temperature or 1.0)
+                for row, logprobs in zip(drawn, scores.tolist()):
+                    results.append(Completion(row, logprobs[: len(row)], row[-1] in stops))
                 progress(num_samples)
         self.model.generation_config = own
         return results
@@ -244,7 +245,7 @@ class _Prompts:
         if self.past is not None or is_windowed:
             distance = self.position[..., None] - torch.arange(self.width, device=key.device)  # [P, T, W]
             mask = ((distance >= 0) & (distance < window) if is_windowed else distance >= 0)[:, None]
-        return grouped_attention(query, key, value, mask, scaling).transpose(1, 2)
+        return kl.grouped_attention(query, key, value, mask, scaling).transpose(1, 2)
 
 
 class _Slots:
@@ -258,9 +259,10 @@ class _Slots:
     """
 
     def __init__(self, sampler: Sampler, total: int, longest: int, columns: int, can_share: bool):
-        self.sampler, self.device, self.total, self.sizes = sampler, sampler.device, total, (total, longest, columns)
+        self.sampler = weakref.proxy(sampler)  # whose memory is free as soon as it is gone
+        self.device, self.total, self.sizes = sampler.device, total, (total, longest, columns)
         config = sampler.model.config.get_text_config()
-        layers, (heads, dim) = config.num_hidden_layers, heads_and_dim(config)
+        layers, (heads, dim) = config.num_hidden_layers, kl.heads_and_dim(config)
         token_bytes = 2 * heads * dim * sampler.dtype.itemsize  # of a layer
         # A window shows each sample another part of the prompt, a CUDA graph wants one shape for all, and the calls
         # that merge two parts cost more than reading a short prompt once for each sample.
@@ -302,9 +304,8 @@ class _Slots:
             else:
                 self.decode()
             progress(self.release())
-        counts, stopped, ids, logprobs = (
-            x[:total].tolist() for x in (self.count, self.stopped, self.ids, self.logprobs)
-        )
+        drawn = self.count, self.stopped, self.ids, self.logprobs
+        counts, stopped, ids, logprobs = (state[:total].tolist() for state in drawn)
         return [Completion(ids[i][:n], logprobs[i][:n], bool(stopped[i])) for i, n in enumerate(counts)]
 
     # ------------------------------------------------------------------ attention
@@ -420,29 +421,38 @@ class _Slots:
         self._draw(hidden, slice(0, rows))
 
     def _replay(self, rows: int) -> None:
-        """One decoding step as a CUDA graph, captured once per number of rows, width and temperature."""
+        """One decoding step as a CUDA graph, captured once per number of rows, width and temperature. All share a pool
+        of memory: one is replayed after the other, and what lasts lies outside of it."""
         key = (rows, self.visible, self.temperature)
         if key in self.graphs:
-            self.graphs[key].replay()
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # this step off the graph: libraries set up their workspaces in it
+            return self.graphs[key].replay()
+        if not self.sampler.can_capture:
+            return self._advance(rows)
+        graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        capture = torch.cuda.graph(graph, pool=next((other.pool() for other in self.graphs.values()), None))
+        capture.capture_stream.wait_stream(outside)  # one for all: libraries have a workspace for each
+        with torch.cuda.stream(capture.capture_stream):  # this step off the graph: they set it up in it
             self._advance(rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        # One pool for all: they are replayed one after the other, and what lasts lies outside of it.
-        pool = next((graph.pool() for graph in self.graphs.values()), None)
-        self.graphs[key] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[key], pool=pool):  # what is captured does not run
-            self._advance(rows)
+        outside.wait_stream(capture.capture_stream)
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        try:
+            with capture:  # what is captured does not run
+                torch.cuda.set_sync_debug_mode("error")  # raises before a wait breaks the capture
+                self._advance(rows)
+            self.graphs[key] = graph
+        except RuntimeError as error:  # dynamic rotations and some experts wait for numbers from the device
+            self.sampler.can_capture = False
+            torch.cuda.set_stream(outside)  # which a broken capture has not left
+            print(f"notice: no CUDA graphs for this model, sampling is slower ({first_line(error)}).", file=sys.stderr)
+        torch.cuda.set_sync_debug_mode("default")
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, layout: _Prompts | _Slots) -> torch.Tensor:
-        model = self.sampler.model.base_model
-        return model(input_ids=ids, position_ids=positions, **layout_arguments(layout, self.device)).last_hidden_state
+        model, arguments = self.sampler.model.base_model, kl.layout_arguments(layout, self.device)
+        return model(input_ids=ids, position_ids=positions, **arguments).last_hidden_state
 
     def _draw(self, hidden: torch.Tensor, rows: slice) -> None:
         sampler = self.sampler
-        logits = head_logits(hidden, sampler.head_weight, sampler.head_bias, sampler.dtype, sampler.logit_shape)
+        logits = kl.head_logits(hidden, sampler.head_weight, sampler.head_bias, sampler.dtype, sampler.logit_shape)
         sequence = self.sequence[rows]
         count, budget = self.count[sequence], self.budget[sequence]
         if self.temperature == 0:
@@ -467,9 +477,8 @@ class _Slots:
         finished = [row for row, is_done in enumerate(done) if is_done]
         if len(finished) < max(1, self.rows // 8):
             return 0
-        if self.keep:
-            for row in finished:
-                self._keep(row)
+        for row in finished if self.keep else []:
+            self._keep(row)
         live = self.rows - len(finished)
         holes = [row for row in finished if row < live]
         movers = [row for row in range(live, self.rows) if not done[row]]
@@ -515,10 +524,8 @@ class _Slots:
         """Hold on to the keys and values of a finished row's text; its last token, never fed, has none."""
         sample = self.samples[row]
         text = self.prompts[sample // self.group] + self.ids[sample, : int(self.count[sample]) - 1].tolist()
-        keys, values = (
-            self.keys[:, row, ..., : len(text)].mT,
-            self.values[:, row, :, : len(text)],
-        )  # [layers, H_kv, W, D]
+        # [layers, H_kv, W, D]
+        keys, values = self.keys[:, row, ..., : len(text)].mT, self.values[:, row, :, : len(text)]
         kept = self.sampler.kept
         kept[tuple(text)] = torch.stack([keys, values]).permute(3, 0, 1, 2, 4).contiguous()
         while kept and self.sampler.room() < self.keys.nbytes + self.values.nbytes:

@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -76,6 +77,19 @@ def context_length(path: str) -> int:
     return longest
 
 
+@contextmanager
+def in_turn():
+    """One process of a machine at a time does what is inside, so that its memory holds one full copy of the weights."""
+    turn, last = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+    for _ in range(turn):
+        dist.barrier()
+    try:
+        yield
+    finally:  # a process that fails leaves the others their turns
+        for _ in range(turn, last):
+            dist.barrier()
+
+
 def load_model(path: str, device, gradient_checkpointing: bool = False, flag: str = "--model"):
     """The causal language model at `path` on `device`, in float32, with the attention of `use_layout` if it can.
 
@@ -87,16 +101,16 @@ def load_model(path: str, device, gradient_checkpointing: bool = False, flag: st
 
     logging.disable_progress_bar()
     config = load_config(path, flag)
+    options = {"config": config, "use_safetensors": True, "dtype": torch.float32}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=torch.float32)
+        with in_turn():
+            model = AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
     except Exception as error:  # OSError, SafetensorError, RuntimeError, …, all of them about what the user named
         sys.exit(f"{flag} {path}: no causal language model could be loaded from there ({first_line(error)}).")
-    use_layout(model.to(device).eval())
+    use_layout(model)
     if not has_known_logits(model):
-        sys.exit(
-            f"{flag} {path}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
-            "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model."
-        )
+        told = f"{flag} {path}: {type(model).__name__} makes its logits in a way that common/kl.py does not know, "
+        sys.exit(told + "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model.")
     if hasattr(config.get_text_config(), "router_aux_loss_coef"):
         tell(f"notice: the load-balancing loss of {path}, a mixture of experts, is no part of the loss.")
     if gradient_checkpointing:
@@ -117,7 +131,9 @@ def load_scalar_model(path: str, device, gradient_checkpointing=False, flag="--m
     config.num_labels = 1
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "subfolder": subfolder}
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
+        with in_turn():
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
+            model.to(device).eval()
     except Exception as error:  # all of them about what the user named
         sys.exit(f"{flag} {path}: no model with a scalar head could be loaded from there ({first_line(error)}).")
     if info["missing_keys"] and head_seed is None:
@@ -125,9 +141,9 @@ def load_scalar_model(path: str, device, gradient_checkpointing=False, flag="--m
     if head_seed is not None and not isinstance(getattr(model, "score", None), torch.nn.Linear):
         sys.exit(f"{flag} {path}: {type(model).__name__} has no linear head named `score`; use a decoder.")
     if info["missing_keys"]:
-        generator, std = torch.Generator().manual_seed(head_seed), (model.score.in_features + 1) ** -0.5
-        torch.nn.init.normal_(model.score.weight, std=std, generator=generator)
-    use_layout(model.to(device).eval())
+        weight, generator = model.score.weight.data, torch.Generator().manual_seed(head_seed)
+        weight.copy_(torch.empty(weight.shape).normal_(std=(weight.shape[1] + 1) ** -0.5, generator=generator))
+    use_layout(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(gradient_checkpointing)
@@ -143,9 +159,7 @@ def shard(model, world: int):
 
         if not supports_layout(model):  # each forward gathers weights: processes must make equally many
             kind = model.config.model_type
-            sys.exit(
-                f"Several processes train packed rows only; those of this {kind} model are padded. Take one process."
-            )
+            sys.exit(f"Several processes train packed rows; those of this {kind} model are padded. Take one process.")
         for module in [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]:
             fully_shard(module)
         fully_shard(model)
@@ -268,10 +282,8 @@ def packed_attention(layout: Packed, query, key, value, scaling, window) -> torc
     outputs = []
     for queries, keys, prefix in layout.blocks:
         width, visible = queries.shape[1], keys.shape[1]
-        q, k, v = (
-            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-            for x, index in ((query, queries), (key, keys), (value, keys))
-        )
+        pairs = ((query, queries), (key, keys), (value, keys))
+        q, k, v = (x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2) for x, i in pairs)
         windowed = window is not None and window < visible
         mask = None
         if prefix or windowed:
@@ -288,10 +300,8 @@ def grouped_attention(query, key, value, mask, scaling) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and mask is not None and query.is_cuda:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    is_grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
-    )
+    options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities

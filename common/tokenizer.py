@@ -649,8 +649,9 @@ class Packed:
     unpack: torch.Tensor  # [N] where each token's output stands among the blocks' flattened outputs
 
     def to(self, device) -> Packed:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        blocks = [(queries.to(device), keys.to(device), length) for queries, keys, length in self.blocks]
+        to = partial(torch.Tensor.to, device=device, non_blocking=True)  # waits for nothing that the device computes
+        moved = {name: to(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        blocks = [(to(queries), to(keys), length) for queries, keys, length in self.blocks]
         return replace(self, **moved, blocks=blocks)
 
 

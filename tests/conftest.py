@@ -15,10 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, so each keeps to one core
 
@@ -33,11 +35,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and m
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `real` are left out, not skipped, where no real model is named."""
-    if not os.environ.get("REAL_MODEL"):
-        real = [item for item in items if "real" in item.keywords]
-        config.hook.pytest_deselected(items=real)
-        items[:] = [item for item in items if item not in real]
+    """Tests marked `real` are left out, not skipped, where no real model is named; those marked `cuda` unless asked."""
+    wanted = {"real": os.environ.get("REAL_MODEL"), "cuda": "cuda" in config.option.markexpr}
+    left_out = [item for item in items if any(mark in item.keywords for mark in wanted if not wanted[mark])]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +66,61 @@ def sharing(request, monkeypatch):
     from common import generation
 
     monkeypatch.setattr(generation, "SHARE_FROM", 0 if request.param == "prompts shared" else 2**60)
+
+
+@pytest.fixture()
+def graphs_on_a_cpu(monkeypatch):
+    """The sampler as a GPU runs it, with CUDA's graphs played on a CPU. A capture computes nothing; a replay is a plain
+    call at what was captured. Returns how many captures, replays and pools there were."""
+    from common import generation
+
+    counts, capturing = Counter(), []
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            counts["replays"] += 1
+            slots, visible, rows = self.captured
+            slots.visible = visible
+            advance(slots, rows)
+
+    class Capture:
+        capture_stream = MagicMock()
+
+        def __init__(self, graph, pool):
+            self.graph = graph
+            counts["pools"] += pool is None
+
+        def __enter__(self):
+            counts["captures"] += 1
+            capturing.append(self.graph)
+
+        def __exit__(self, *error):
+            capturing.pop()
+            if counts["when the capture ends"]:
+                raise RuntimeError("invalidated")
+
+    def advance_or_capture(slots, rows):
+        if capturing and counts["while it is captured"]:
+            raise RuntimeError("operation not permitted")
+        if capturing:
+            capturing[0].captured = weakref.proxy(slots), slots.visible, rows
+        else:
+            advance(slots, rows)
+
+    def init(sampler, *args, **kwargs):
+        real_init(sampler, *args, **kwargs)
+        sampler.uses_graphs = sampler.can_capture = True
+
+    advance, real_init, mock = generation._Slots._advance, generation.Sampler.__init__, MagicMock()
+    monkeypatch.setattr(generation._Slots, "_advance", advance_or_capture)
+    monkeypatch.setattr(generation.Sampler, "__init__", init)
+    played = {"CUDAGraph": Graph, "graph": Capture, "stream": nullcontext}
+    for name, value in {**played, "current_stream": mock, "set_stream": mock, "set_sync_debug_mode": mock}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return counts
 
 
 # Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,
@@ -189,6 +246,7 @@ def start_several(script: str, count: int, *args, **kwargs) -> list[Started]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common["LOCAL_WORLD_SIZE"] = str(count)
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [start(script, *args, environment=rank, **kwargs) for rank in ranks]
 

@@ -1,7 +1,14 @@
 """The tokenizer's masks, packing and the sampler: the invariants that every script rests on."""
 
+import gc
+import os
+import time
+import weakref
+from contextlib import suppress
+
 import pytest
 import torch
+from conftest import PATIENCE, SERVER, TINY, ensure_server
 
 from common import generation, kl
 from common.generation import Sampler, draw
@@ -185,6 +192,50 @@ def test_split_by_tokens():
     assert split_by_tokens([[0]] * 4, 6, [prompt, prompt, other, other]) == [[0, 1], [2, 3]]
 
 
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_and_note(rank: int, folder) -> None:
+    """Load two models as the second of three processes would that cannot read the first, or as another of them."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+
+    def noting(name, real):
+        def load(*args, **kwargs):
+            began = time.monotonic()
+            model = real(*args, **kwargs)
+            time.sleep(0.1)
+            (folder / f"{name}-{rank}").write_text(f"{began} {time.monotonic()}")
+            if (name, rank) == ("language", 1):
+                raise OSError("no such file")
+            return model
+
+        return load
+
+    AutoModelForCausalLM.from_pretrained = noting("language", AutoModelForCausalLM.from_pretrained)
+    with suppress(SystemExit):
+        kl.load_model(str(TINY), "cpu")
+    scalar = AutoModelForSequenceClassification.from_pretrained
+    AutoModelForSequenceClassification.from_pretrained = noting("scalar", scalar)
+    kl.load_scalar_model(str(TINY), "cpu", head_seed=1)
+
+
+def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
+    """So that its memory holds one copy of the weights at a time; one that fails does not keep the others waiting."""
+    ensure_server()
+    processes = [SERVER.Process(target=load_and_note, args=(rank, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    for name in ("language", "scalar"):
+        times = [float(t) for rank in range(3) for t in (tmp_path / f"{name}-{rank}").read_text().split()]
+        assert times == sorted(times)
+
+
 # ---------------------------------------------------------------------------------------------- sampler
 
 
@@ -228,20 +279,55 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer, sharing):
     assert [[c.ids for c in g] for g in Sampler(model, stops).generate(prompts, 40, 4, seed=8)] != ids
 
 
-def test_rows_that_idle_beside_live_ones_change_nothing(model, tokenizer, monkeypatch):
-    """A GPU decodes the next power of two of rows, and those without a text may still name a live one's sample."""
+CALLS = [(24, 8, 1.0), (40, 8, 1.0), (200, 3, 1.0), (24, 8, 1.0), (24, 2, 0.0)]  # budget, samples, temperature
 
-    def decode(slots):
-        slots.visible = int((slots.length - slots.offset)[: slots.rows].max()) + 1
-        slots._advance(min(slots.capacity, 1 << (slots.rows - 1).bit_length()))
 
-    monkeypatch.setattr(generation, "SHARE_FROM", 2**60)
-    found = []
-    for _ in range(2):
-        groups = Sampler(model, stop_token_ids(tokenizer)).generate(some_prompts(tokenizer), 40, 8, seed=3)
-        found.append([[(c.ids, c.stopped) for c in group] for group in groups])
-        monkeypatch.setattr(generation._Slots, "decode", decode)
-    assert found[0] == found[1]
+def drawn(sampler, tokenizer, budget: int, samples: int, temperature: float) -> list:
+    groups = sampler.generate(some_prompts(tokenizer), budget, samples, temperature, seed=3)
+    return [[(c.ids, c.stopped) for c in group] for group in groups]
+
+
+def test_graphs_draw_the_samples_of_plain_steps(model, tokenizer, request):
+    """A GPU decodes the next power of two of rows at rounded widths, idle rows beside live ones, in memory that stays
+    from call to call; rows beyond it wait."""
+    stops = [37]  # "8": some samples run far, and then the longest of them end
+    expected = [drawn(Sampler(model, stops), tokenizer, *call) for call in CALLS]
+    counts = request.getfixturevalue("graphs_on_a_cpu")
+    sampler, bytes_of_a_row = Sampler(model, stops), 4 * 2 * 2 * 32 * 4 * 256
+    for memory, most_rows in ((None, 24), (5.5 * bytes_of_a_row / 1e9, 5)):
+        sampler.memory_gb, sampler.slots = memory or sampler.memory_gb, None
+        assert [drawn(sampler, tokenizer, *call) for call in CALLS] == expected
+        assert sampler.slots.capacity == most_rows and sampler.slots.width == 256
+    widths = {key[1] for key in sampler.slots.graphs}
+    assert 128 in widths and len(widths) > 1 and counts["captures"] < counts["replays"] / 5
+    before, slots = counts["captures"], sampler.slots
+    drawn(sampler, tokenizer, 201, 3, 1.0)  # a token more changes no shape
+    assert counts["captures"] == before and sampler.slots is slots
+    assert counts["pools"] == 2 * 3  # for each memory: the first call's, a longer and the longest one's
+
+
+@pytest.mark.parametrize("moment", ["while it is captured", "when the capture ends"])
+def test_a_step_that_cannot_be_captured_runs_eagerly_after_one_notice(moment, model, tokenizer, capsys, request):
+    expected = drawn(Sampler(model, stop_token_ids(tokenizer)), tokenizer, *CALLS[1])
+    counts = request.getfixturevalue("graphs_on_a_cpu")
+
+    counts[moment] = 1
+    sampler = Sampler(model, stop_token_ids(tokenizer))
+    assert [drawn(sampler, tokenizer, *CALLS[1]) for _ in range(2)] == [expected] * 2
+    told = capsys.readouterr().err
+    assert told.count("notice: no CUDA graphs") == 1 and told.count("\n") == 1
+    assert counts["captures"] == 1 and not counts["replays"] and not sampler.slots.graphs
+
+
+def test_the_samplers_memory_is_free_as_soon_as_it_is_gone(model, tokenizer, graphs_on_a_cpu):
+    """Not when Python next looks for cycles: sft.py makes a sampler for each evaluation."""
+    sampler = Sampler(model, stop_token_ids(tokenizer))
+    drawn(sampler, tokenizer, *CALLS[0])
+    slots = weakref.ref(sampler.slots)
+    gc.disable()
+    del sampler
+    gc.enable()
+    assert slots() is None
 
 
 def test_budget_per_prompt_and_greedy(model, tokenizer, sharing):

@@ -38,12 +38,27 @@ FALLS_BACK = {
     "Gemma2": {**COMMON, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0},
     "GptOss": {**COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     "Bamba": {**COMMON, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
-    "DeepseekV3": {**COMMON, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
-                   "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2},
+    "DeepseekV3": {
+        **COMMON,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 2,
+    },
     # Its masks alone know of the window.
-    "Qwen2Moe": {**COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-                 "shared_expert_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 4,
-                 "max_window_layers": 2},
+    "Qwen2Moe": {
+        **COMMON,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 2,
+    },
     "Mamba": {**SIZES, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
 }
 SHORT = {
@@ -87,6 +102,13 @@ def test_models_without_plain_attention_fall_back_to_generate(kind, capsys):
     sampler = Sampler(model, [0])
     assert "model.generate instead" in capsys.readouterr().err
     check_sampler(model, sampler, [[5, 6, 7], [8, 9]], 6)
+    for temperature in (0.7, 0.0):
+        for completion in sampler.generate([[5, 6, 7]], 6, 2 if temperature else 1, temperature)[0]:
+            with torch.no_grad():
+                logits = model(torch.tensor([[5, 6, 7, *completion.ids]]), use_cache=False).logits[0, 2:-1].double()
+            expected = (logits / (temperature or 1)).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected[:, 0].float(), atol=1e-5, rtol=1e-4)
+            assert temperature or completion.ids == logits.argmax(-1).tolist()
     completions = [[3, 4, 5], [6, 7]]
     found, _ = token_logprobs(model, pack_completions([[5, 6, 7]] * 2, completions))
     expected = torch.cat([logprobs_alone(model, [5, 6, 7] + c)[2:] for c in completions])
