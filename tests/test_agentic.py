@@ -579,7 +579,7 @@ def test_without_bubblewrap_python_is_refused_with_the_remedy_or_runs_under_limi
         unsafe("while True: pass")
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho No permissions to create new namespace; exit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / name))
     monkeypatch.setattr(subprocess, "Popen", lambda command, real=subprocess.Popen, **options: real(
         [tmp_path / "bwrap", *command[1:]], **options))  # fmt: skip
     with pytest.raises(SystemExit, match="No permissions to create new namespace.*--unsafe-python"):
