@@ -523,7 +523,7 @@ ALGORITHMS = {  # advantage, where the ratio to the old policy is taken, what to
 }
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, ratio: str, clip_low: float, clip_high: float):
+def token_losses(logprobs, old_logprobs, advantages, mask, ratio: str, clip_low: float, clip_high: float):
     """Token losses and ratios [B, T]. logprobs, old_logprobs, mask [B, T]; advantages [B, 1].
 
     none: −A·log π; token: the clipped surrogate of every token; sequence: that of the whole completion, clipped once
@@ -539,7 +539,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, ratio: str, clip_low: 
     return -gain / (mask.sum(1, keepdim=True).clamp(min=1) if ratio == "sequence" else 1), rho.detach()
 
 
-def aggregate(losses, mask, how: str, sequences: int, tokens: float, max_tokens: int) -> torch.Tensor:
+def mean_loss(losses, mask, how: str, sequences: int, tokens: float, max_tokens: int) -> torch.Tensor:
     """One number from token losses [B, T]; `sequences` and `tokens` count the whole optimizer step."""  # detail 7
     if how == "sequence":
         return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
@@ -774,7 +774,7 @@ def main(args: Args) -> dict:
                     old_logprobs[part] = logprobs.detach()
                 old, acted = old_logprobs[part], mask[part] * weight
                 gap = old - sampler_logprobs[part]
-                losses, ratio = policy_loss(
+                losses, ratio = token_losses(
                     logprobs, old, advantages[part], acted, ratio_over, args.clip_low, args.clip_high
                 )
                 if args.importance_cap:
@@ -784,7 +784,7 @@ def main(args: Args) -> dict:
                     kl = kl_estimate(logprobs, ref_logprobs[part], "k3")
                     losses = losses + (0.0 if kl_in_reward else args.beta) * kl
                     means.add("policy/kl", kl, acted)
-                loss = aggregate(losses, acted, mean_over, sequences, tokens, budget)
+                loss = mean_loss(losses, acted, mean_over, sequences, tokens, budget)
                 (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
                 means.add("policy/sampler_gap", gap.abs(), acted)
                 means.add("policy/clip_fraction", (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high), acted)

@@ -215,7 +215,7 @@ def test_t22_aggregation():
     losses = torch.tensor([[1.0, 9.0, 9.0], [2.0, 2.0, 2.0]])
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     for how, expected in (("sequence", 1.5), ("token", 1.75), ("constant", 0.875), ("completion", 3.5)):
-        for aggregate in (grpo.aggregate, rlvr_math.aggregate)[how == "completion" :]:
+        for aggregate in (grpo.aggregate, rlvr_math.mean_loss)[how == "completion" :]:
             close(aggregate(losses, mask, how, 2, 4, 4), expected)
             parts = [aggregate(losses[i : i + 1], mask[i : i + 1], how, 2, 4, 4) for i in range(2)]
             close(sum(parts), expected)
@@ -305,7 +305,7 @@ def test_t23_rloos_ratio_is_of_the_whole_completion():
     logprobs, mask = torch.tensor([[0.2, -0.1, 0.2, 5.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     for clip_high, expected in ((9.0, math.exp(0.3)), (0.2, 1.2)):  # clipped once, not token by token
         arguments = (logprobs, torch.zeros(1, 4), torch.ones(1, 1), mask, "sequence", 0.2, clip_high)
-        losses, rho = rlvr_math.policy_loss(*arguments)
+        losses, rho = rlvr_math.token_losses(*arguments)
         close(rho[0], [math.exp(0.3)] * 4)
         close((losses * mask).sum(), -expected)
 
@@ -319,9 +319,9 @@ def test_policy_gradients_by_enumeration(name, share):
         for b in range(3):
             logprobs = z.log_softmax(0)[torch.tensor([[a], [b]])]
             advantages = advantage(rewards[torch.tensor([[a, b]])]).view(2, 1)
-            losses, _ = rlvr_math.policy_loss(logprobs, logprobs.detach(), advantages, mask, ratio, 0.2, 0.2)
+            losses, _ = rlvr_math.token_losses(logprobs, logprobs.detach(), advantages, mask, ratio, 0.2, 0.2)
             weight = z.detach().softmax(0)
-            loss = rlvr_math.aggregate(losses, mask, mean_over, 2, 2, 1)
+            loss = rlvr_math.mean_loss(losses, mask, mean_over, 2, 2, 1)
             total -= weight[a] * weight[b] * torch.autograd.grad(loss, z)[0]
     truth = torch.autograd.grad((z.softmax(0) * rewards).sum(), z)[0]
     torch.testing.assert_close(total, share * truth, atol=1e-6, rtol=1e-5)
@@ -396,8 +396,8 @@ def test_parity_with_trl_grpo_loss(ours, theirs, surrogate):
 
 def our_loss(name: str, new, old, advantages, mask, clip_high: float):
     _, ratio, mean_over = rlvr_math.ALGORITHMS[name]
-    losses, _ = rlvr_math.policy_loss(new, old, advantages[:, None], mask, ratio, 0.2, clip_high)
-    return rlvr_math.aggregate(losses, mask, mean_over, 6, float(mask.sum()), 12)
+    losses, _ = rlvr_math.token_losses(new, old, advantages[:, None], mask, ratio, 0.2, clip_high)
+    return rlvr_math.mean_loss(losses, mask, mean_over, 6, float(mask.sum()), 12)
 
 
 def test_parity_with_trl_rloo_loss():

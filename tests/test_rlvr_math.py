@@ -280,7 +280,7 @@ def test_the_kl_is_k1_in_rloos_reward_and_k3_in_other_losses(algorithm, tmp_path
     monkeypatch.setattr(rlvr_math, "evaluate", lambda *args: ({}, []))
     monkeypatch.setattr(rlvr_math, "reward", lambda *args: 0.5)
     loads, sums, policies, kls = [
-        spied(monkeypatch, name) for name in ("load_model", "aggregate", "policy_loss", "kl_estimate")
+        spied(monkeypatch, name) for name in ("load_model", "mean_loss", "token_losses", "kl_estimate")
     ]
     make = rlvr_math.Run
     change = lambda *args: torch.nn.init.constant_(loads[1][-1].model.norm.weight, 1.5) is None or make(*args)  # noqa: E731
@@ -302,7 +302,7 @@ def test_expert_iteration_trains_on_right_completions_without_copies_up_to_a_cap
     assert rlvr_math.first_right(group, right, 9).tolist() == [[1, 0, 0, 1, 0, 1]]
     assert rlvr_math.first_right(group * 2, right.repeat(2, 1), 2).tolist() == [[1, 0, 0, 1, 0, 0]] * 2
     sampling(monkeypatch, *group)
-    calls = spied(monkeypatch, "aggregate")
+    calls = spied(monkeypatch, "mean_loss")
     settings = {"algorithm": "expert_iteration", "batch_size": 1, "num_samples": 6, "keep_per_question": 2}
     row = quick("rlvr_math", tmp_path, **settings, beta=0.1)  # with a KL all rows have a forward
     ((losses, mask, how, _, tokens, *_),) = calls
