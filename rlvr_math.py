@@ -207,7 +207,7 @@ UNEVALUATED = re.compile(
 )
 
 
-def final_answer(completion: str) -> str | None:
+def stated_answer(completion: str) -> str | None:
     """The answer that a completion states last: in \\boxed, after ####, in <answer> tags, or on a last line such as
     `A: 18` or `The answer is 18.` Reasoning in <think> does not count, an unbalanced box is no answer, boxes side by
     side are a list, and a number that merely stands in the text never is an answer."""
@@ -461,8 +461,8 @@ class Grade(NamedTuple):
 
 def grade(completion: str, gold: str | list[str]) -> Grade:
     """Whether the final answer of a completion is right. gold: the answer, or a solution that states it, or several."""
-    answer, golds = final_answer(completion), [gold] if isinstance(gold, str) else gold
-    golds = [(final_answer(text) or "") if "####" in text or "\\boxed" in text else text for text in golds]
+    answer, golds = stated_answer(completion), [gold] if isinstance(gold, str) else gold
+    golds = [(stated_answer(text) or "") if "####" in text or "\\boxed" in text else text for text in golds]
     golds = [normal_form(text) for text in golds if re.search(r"\w", text) and len(text) <= MAX_ANSWER]
     if not golds:
         return Grade(None, answer, "no gold")

@@ -19,7 +19,7 @@ from test_mathematics import close
 import rlvr_math
 from common.generation import Completion, Sampler
 from common.tokenizer import encode_prompt, load_questions, stop_token_ids
-from rlvr_math import WORKERS, final_answer, grade, normal_form, number
+from rlvr_math import WORKERS, grade, normal_form, number, stated_answer
 
 
 @pytest.mark.parametrize("text,answer", [
@@ -41,7 +41,7 @@ from rlvr_math import WORKERS, final_answer, grade, normal_form, number
     ("#### 18\nThe answer is correct.", "18"), ("<answer>The answer is 5</answer>", "5"),
 ])  # fmt: skip
 def test_rlvr_math_detail_4_what_is_stated_last_is_the_answer(text, answer):
-    assert final_answer(text) == answer
+    assert stated_answer(text) == answer
 
 
 def test_plain_numbers():
