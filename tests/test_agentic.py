@@ -303,6 +303,7 @@ def test_the_calculator_is_exact_and_computes_nothing_else(expression, value, to
 def test_search_ranks_by_bm25_shows_titles_and_no_query_upsets_it(tmp_path, tools):
     rows = [{"title": "Lighthouse", "text": "A tower with a lamp. The lamp warns ships."}]
     rows += [{"title": "Lamp", "text": "Lamp: lights for rooms, streets, towers, ships and much besides."}] * 2
+    rows.append({"title": "Lamps"})
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     search = Tools(replace(EMBEDDED, corpus=str(tmp_path / "corpus.jsonl"))).search
     assert [line.partition(":")[0] for line in search("lamp").splitlines()] == ["Lighthouse", "Lamp"]
@@ -312,8 +313,10 @@ def test_search_ranks_by_bm25_shows_titles_and_no_query_upsets_it(tmp_path, tool
     for _ in range(2000):
         tools[1]("".join(rng.choice(words) for _ in range(rng.randrange(12))))
     assert tools[1]('Zeke") OR title:("') == "Zeke has the code 1297." == tools[1]("Zeke")
-    with pytest.raises(AssertionError, match="--corpus"):
-        Tools(replace(EMBEDDED, corpus=None))
+    (tmp_path / "titles.jsonl").write_text('{"title": "Lamps"}\n')
+    for named, told in ((None, "name them with --corpus"), (str(tmp_path / "titles.jsonl"), "its rows have no text")):
+        with pytest.raises(AssertionError, match=told):
+            Tools(replace(EMBEDDED, corpus=named))
 
 
 def test_agentic_detail_9_observations_are_cut_inside_their_tag_forge_nothing_and_fit(tokenizer, tools):
