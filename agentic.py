@@ -34,7 +34,6 @@ Papers: Search-R1 arXiv:2503.09516, ReTool 2504.11536, GRPO 2402.03300, turn-lev
 """
 
 import gc  # noqa: I001 (sorted, the three lines from common.tokenizer would be twenty)
-import inspect
 import json
 import math
 import os
@@ -50,7 +49,6 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
-from decimal import Context, Decimal
 from fractions import Fraction
 from functools import partial
 from multiprocessing import pool
@@ -63,7 +61,7 @@ import tyro
 from tqdm import tqdm
 
 from common.generation import Sampler, final_answer, is_correct
-from common.kl import clip_gradients, completion_logprobs, context_length, kl_estimate, load_model, shard
+from common.kl import clip_gradients, completion_logprobs, context_length, frozen, kl_estimate, load_model
 from common.tokenizer import TINY, encode_prompt, encode_rows, encode_text, end_of_turn, first_line, first_of
 from common.tokenizer import gold_answers, load_rows, load_split, load_tokenizer, microbatches, pad_rows, read_messages
 from common.tokenizer import read_row, render_text, shuffled_pass, stop_token_ids
@@ -108,6 +106,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 32  # tasks per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -203,7 +202,7 @@ class Tools:  # what --tools may name
         if is_large or not re.fullmatch(r"[-+*/%() ]*", re.sub(number, "", text)):  # nothing else reaches eval
             raise ValueError("give numbers and + - * / // % ( ) and ** with whole exponents below 1000, in one line")
         value = Fraction(eval(re.sub(number, r"Fraction('\g<0>')", text), {"Fraction": Fraction, "__builtins__": {}}))
-        return str(value if value.denominator == 1 else Context(15).divide(*map(Decimal, value.as_integer_ratio())))
+        return str(value) if value.denominator == 1 else f"{float(value):.15g}"
 
     def index_corpus(self) -> None:  # in a file, with SQLite's FTS5
         assert self.args.corpus, "--tools search looks through documents: name them with --corpus"
@@ -519,12 +518,12 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
     dialogue, tools = Dialogue(tokenizer, args.max_observation_tokens), Tools(args)
     begin = partial(environment, [getattr(tools, name) for name in args.tools], args)
     longest = min(args.max_prompt_tokens, context_length(args.model) - budget)
-    about = repr(args) + inspect.getsource(sys.modules[environment.__module__])  # on which depends what may be cached
+    about = repr(args) + Path(sys.modules[environment.__module__].__file__).read_text()  # the cache's key
     encode = partial(encode_task, dialogue, begin, max_tokens=longest, about=about)
     encode = partial(encode_rows, tokenizer, encode=encode, columns={"bare_ids": "ints", "row": "string"})
     tasks, held_out = load_split(encode, args.dataset, args.eval_dataset, args.eval_rows, args.seed)
-    policy = shard(load_model(args.model, device, args.gradient_checkpointing), world)
-    reference = shard(load_model(args.model, device).requires_grad_(False), world) if args.beta else None
+    policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
+    reference = frozen(policy, device, world) if args.beta else None
     stops = stop_token_ids(tokenizer, policy)
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     player = Player(sampler, dialogue, begin, args)
@@ -616,8 +615,6 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
         means.add("reward/mean", earned)
         means.add("groups/all_equal", (earned == earned[:, :1]).all(1))
         means.add("agent/calls", [sum(map(len, t.turns)) for t in trajectories])
-        means.add("agent/turns", [len(t.turns) for t in trajectories])
-        means.add("agent/tokens", mask.sum(1))
         means.add("agent/cut", [t.answer is None for t in trajectories])
         means.add("agent/error_rate", [error is not None for error in errors])
         for kind in ("unreadable", "refused", "failed", "timed_out"):
@@ -751,7 +748,8 @@ class Run:
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
-        weights, moments = state_dict.get_state_dict(model, optimizer)
+        own = state_dict.StateDictOptions(ignore_frozen_params=True)
+        weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
         part = final.with_suffix(".writing")
         save({"model": weights, "optimizer": moments}, checkpoint_id=part)
         if self.rank == 0:
@@ -773,24 +771,23 @@ class Run:
                 path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 path.with_suffix(".writing").replace(path)
         if newest:
-            weights, moments = state_dict.get_state_dict(model, optimizer)
+            own = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+            weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
             planner = DefaultLoadPlanner(allow_partial_load=True)  # unused weights have no moments
             load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
-            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=own)
         return max(step, 0)
 
     def finish(self, model, tokenizer, stops: list[int], bfloat16: bool) -> dict:
         """Save model/ for from_pretrained, vLLM and the next stage, with its stop tokens; return the last metrics."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from common.kl import save_model
 
-        model = model.bfloat16() if bfloat16 else model
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         last = {name: value for row in self.history for name, value in row.items()}
+        part = self.folder / "model.writing"
+        if stops:
+            model.generation_config.eos_token_id = stops
+        save_model(model, part, bfloat16, self.folder / "adapter")
         if self.rank == 0:
-            part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            if stops:
-                model.generation_config.eos_token_id = stops
-            model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             part.rename(self.folder / "model")
@@ -808,11 +805,14 @@ class Run:
 def parse_args(args_type, embedded):
     """Read the flags. Defaults: `args_type`'s with --model, `embedded` without, a resumed run's own with --resume."""
     flags = [part for flag in sys.argv[1:] for part in (flag.split("=", 1) if flag[:2] == "--" else [flag])]
-    default = args_type() if "--model" in flags else embedded
-    if "--dataset" in flags:
+    given = {flag.replace("_", "-"): value for flag, value in zip(flags, flags[1:])}
+    default = args_type() if "--model" in given else embedded
+    if "--dataset" in given:
         default = replace(default, eval_dataset=None)
-    if "--resume" in flags:
-        default = args_type(**json.loads(Path(flags[flags.index("--resume") + 1], "args.json").read_text()))
+    if given.get("--lora-rank", "0") != "0":  # adapters want a higher rate (https://thinkingmachines.ai/blog/lora)
+        default = replace(default, learning_rate=10 * default.learning_rate)
+    if "--resume" in given:
+        default = args_type(**json.loads(Path(given["--resume"], "args.json").read_text()))
     return tyro.cli(args_type, default=default, args=flags, description=__doc__)
 
 

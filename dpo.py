@@ -56,7 +56,7 @@ import tyro
 from tqdm import tqdm
 
 from common.generation import Sampler, evaluate_answers, is_correct, sample_answers
-from common.kl import RewardModel, answer_logprobs, clip_gradients, context_length, load_model, score_answers, shard
+from common.kl import RewardModel, answer_logprobs, clip_gradients, context_length, frozen, load_model, score_answers
 from common.tokenizer import (
     TINY,
     encode_comparisons,
@@ -103,6 +103,7 @@ class Args:
     epochs: float = 1.0  # passes over the data; a resumed run keeps its number of steps
     batch_size: int = 64  # pairs (KTO: rows) per optimizer step over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
     learning_rate: float = 5e-7  # peak
     warmup_steps: int = 50  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -238,7 +239,7 @@ def main(args: Args) -> dict:
     args.steps = args.steps or rounds * steps_a_round
     order = shuffled_passes(len(rows), args.steps * args.batch_size, args.seed)
 
-    policy = shard(load_model(args.model, device, args.gradient_checkpointing), world)
+    policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
     stops = stop_token_ids(tokenizer, policy)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     shown = {"loss/train": "loss", "preference/accuracy": "pair accuracy"}
@@ -287,7 +288,7 @@ def main(args: Args) -> dict:
             example = with_mismatches(pairs, seed) if is_kto else pairs.__getitem__
             order = shuffled_passes(len(pairs), steps_a_round * args.batch_size, args.seed + iteration)
             if needs_reference:
-                reference = score_all(shard(load_model(args.model, device), world), example, range(len(pairs)))
+                reference = score_all(frozen(policy, device, world), example, range(len(pairs)))
                 gc.collect()  # a sharded model points to itself; it must not stay for the training
 
         drawn = order[place * args.batch_size : (place + 1) * args.batch_size]
@@ -485,7 +486,8 @@ class Run:
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
-        weights, moments = state_dict.get_state_dict(model, optimizer)
+        own = state_dict.StateDictOptions(ignore_frozen_params=True)
+        weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
         part = final.with_suffix(".writing")
         save({"model": weights, "optimizer": moments}, checkpoint_id=part)
         if self.rank == 0:
@@ -507,24 +509,23 @@ class Run:
                 path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 path.with_suffix(".writing").replace(path)
         if newest:
-            weights, moments = state_dict.get_state_dict(model, optimizer)
+            own = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+            weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
             planner = DefaultLoadPlanner(allow_partial_load=True)  # unused weights have no moments
             load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
-            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=own)
         return max(step, 0)
 
     def finish(self, model, tokenizer, stops: list[int], bfloat16: bool) -> dict:
         """Save model/ for from_pretrained, vLLM and the next stage, with its stop tokens; return the last metrics."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from common.kl import save_model
 
-        model = model.bfloat16() if bfloat16 else model
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         last = {name: value for row in self.history for name, value in row.items()}
+        part = self.folder / "model.writing"
+        if stops:
+            model.generation_config.eos_token_id = stops
+        save_model(model, part, bfloat16, self.folder / "adapter")
         if self.rank == 0:
-            part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            if stops:
-                model.generation_config.eos_token_id = stops
-            model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             part.rename(self.folder / "model")
@@ -542,11 +543,14 @@ class Run:
 def parse_args(args_type, embedded):
     """Read the flags. Defaults: `args_type`'s with --model, `embedded` without, a resumed run's own with --resume."""
     flags = [part for flag in sys.argv[1:] for part in (flag.split("=", 1) if flag[:2] == "--" else [flag])]
-    default = args_type() if "--model" in flags else embedded
-    if "--dataset" in flags:
+    given = {flag.replace("_", "-"): value for flag, value in zip(flags, flags[1:])}
+    default = args_type() if "--model" in given else embedded
+    if "--dataset" in given:
         default = replace(default, eval_dataset=None)
-    if "--resume" in flags:
-        default = args_type(**json.loads(Path(flags[flags.index("--resume") + 1], "args.json").read_text()))
+    if given.get("--lora-rank", "0") != "0":  # adapters want a higher rate (https://thinkingmachines.ai/blog/lora)
+        default = replace(default, learning_rate=10 * default.learning_rate)
+    if "--resume" in given:
+        default = args_type(**json.loads(Path(given["--resume"], "args.json").read_text()))
     return tyro.cli(args_type, default=default, args=flags, description=__doc__)
 
 

@@ -67,6 +67,7 @@ from common.kl import (
     completion_logprobs,
     completion_values,
     context_length,
+    frozen,
     kl_estimate,
     load_model,
     load_scalar_model,
@@ -126,6 +127,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 128  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak, of the policy
     critic_learning_rate: float = 5e-6  # peak, of the critic
     warmup_steps: int = 5  # rollouts of linear warm-up
@@ -215,14 +217,14 @@ def main(args: Args) -> dict:
     data = (args.dataset, args.eval_dataset, args.eval_rows, longest, args.seed)
     questions, held_out = load_questions(tokenizer, *data, needs_answer=not args.reward_model)
     if args.ptx_dataset:
-        source = args.ptx_dataset
-        demonstrations = encode_conversations(tokenizer, load_rows(source), source, max_length=longest + budget)
-    policy = shard(load_model(args.model, device, args.gradient_checkpointing), world)
-    reference = shard(load_model(args.model, device).requires_grad_(False), world)
+        rows, most = load_rows(args.ptx_dataset), longest + budget
+        demonstrations = encode_conversations(tokenizer, rows, args.ptx_dataset, max_length=most)
+    policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
+    reference = frozen(policy, device, world)
     score = None
     if args.reward_model:
         score = RewardModel(args.reward_model, device, bfloat16, args.microbatch_tokens, args.ensemble_score)
-    critic = shard(load_critic(args, tokenizer, device), world)
+    critic = shard(load_critic(args, tokenizer, device, bfloat16), world)
     stops = stop_token_ids(tokenizer, policy)
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     models, settings = torch.nn.ModuleList([policy, critic]), {"weight_decay": args.weight_decay, "betas": (0.9, 0.95)}
@@ -311,7 +313,6 @@ def main(args: Args) -> dict:
             rewards = whiten(rewards, mask, shift_mean=False, add_up=add_up)  # detail 9
         advantages, returns = gae(rewards, old_values, mask, 1.0, args.gae_lambda)
         advantages = whiten(advantages, mask, add_up=add_up)  # detail 8
-        kl = (old_logprobs - ref_logprobs) * mask
 
         # Update.
         rate = learning_rate(step, args)
@@ -354,7 +355,7 @@ def main(args: Args) -> dict:
         # Log, evaluate, save.
         done = time.perf_counter()
         means.add("reward/mean", scores)
-        means.add("policy/kl_sequence", kl.sum(1))
+        means.add("policy/kl_sequence", ((old_logprobs - ref_logprobs) * mask).sum(1))
         means.add("completions/length_mean", mask.sum(1))
         means.add("completions/truncated_fraction", [not c.stopped for c in completions])
         metrics, samples = means.over_processes(device), []
@@ -376,20 +377,16 @@ def main(args: Args) -> dict:
     return run.finish(policy, tokenizer, stops, bfloat16)
 
 
-def load_critic(args: Args, tokenizer, device):
-    """A language model with a scalar head: the reward model, its normalisation folded into the head, or the policy with
-    a head of zeros."""
+def load_critic(args: Args, tokenizer, device, bfloat16: bool):
+    """The reward model, its normalisation folded into its scalar head, or the policy with a head of zeros."""
     is_reward_model = args.critic == "reward_model" and args.reward_model is not None
     path, flag = (args.reward_model, "--reward-model") if is_reward_model else (args.model, "--model")
     if is_reward_model and load_tokenizer(path, flag=flag).get_vocab() != tokenizer.get_vocab():
-        sys.exit(
-            f"{flag} {path}: its tokenizer is not that of {args.model}, as a critic's must be; add --critic policy."
-        )
-    seed = None if is_reward_model else 0  # of a new head, which may be none if there should be one
-    critic = load_scalar_model(path, device, args.gradient_checkpointing, flag, head_seed=seed)
-    trained, config = critic.score, critic.config
-    mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
-    critic.score = torch.nn.Linear(trained.in_features, 1, device=device)
+        sys.exit(f"{flag} {path}: a critic needs the tokenizer of {args.model}; add --critic policy.")
+    how = (args.gradient_checkpointing, args.lora_rank, bfloat16, flag)
+    critic = load_scalar_model(path, device, *how, head_seed=None if is_reward_model else 0)
+    mean, std = getattr(critic.config, "reward_mean", 0.0), getattr(critic.config, "reward_std", 1.0)
+    trained, critic.score = critic.score, torch.nn.Linear(critic.score.in_features, 1, device=device)
     with torch.no_grad():
         bias = 0.0 if trained.bias is None else trained.bias
         critic.score.weight.copy_(trained.weight / std * is_reward_model)
@@ -531,7 +528,8 @@ class Run:
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
-        weights, moments = state_dict.get_state_dict(model, optimizer)
+        own = state_dict.StateDictOptions(ignore_frozen_params=True)
+        weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
         part = final.with_suffix(".writing")
         save({"model": weights, "optimizer": moments}, checkpoint_id=part)
         if self.rank == 0:
@@ -553,24 +551,23 @@ class Run:
                 path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 path.with_suffix(".writing").replace(path)
         if newest:
-            weights, moments = state_dict.get_state_dict(model, optimizer)
+            own = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+            weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
             planner = DefaultLoadPlanner(allow_partial_load=True)  # unused weights have no moments
             load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
-            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=own)
         return max(step, 0)
 
     def finish(self, model, tokenizer, stops: list[int], bfloat16: bool) -> dict:
         """Save model/ for from_pretrained, vLLM and the next stage, with its stop tokens; return the last metrics."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from common.kl import save_model
 
-        model = model.bfloat16() if bfloat16 else model
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         last = {name: value for row in self.history for name, value in row.items()}
+        part = self.folder / "model.writing"
+        if stops:
+            model.generation_config.eos_token_id = stops
+        save_model(model, part, bfloat16, self.folder / "adapter")
         if self.rank == 0:
-            part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            if stops:
-                model.generation_config.eos_token_id = stops
-            model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             part.rename(self.folder / "model")
@@ -588,11 +585,14 @@ class Run:
 def parse_args(args_type, embedded):
     """Read the flags. Defaults: `args_type`'s with --model, `embedded` without, a resumed run's own with --resume."""
     flags = [part for flag in sys.argv[1:] for part in (flag.split("=", 1) if flag[:2] == "--" else [flag])]
-    default = args_type() if "--model" in flags else embedded
-    if "--dataset" in flags:
+    given = {flag.replace("_", "-"): value for flag, value in zip(flags, flags[1:])}
+    default = args_type() if "--model" in given else embedded
+    if "--dataset" in given:
         default = replace(default, eval_dataset=None)
-    if "--resume" in flags:
-        default = args_type(**json.loads(Path(flags[flags.index("--resume") + 1], "args.json").read_text()))
+    if given.get("--lora-rank", "0") != "0":  # adapters want a higher rate (https://thinkingmachines.ai/blog/lora)
+        default = replace(default, learning_rate=10 * default.learning_rate)
+    if "--resume" in given:
+        default = args_type(**json.loads(Path(given["--resume"], "args.json").read_text()))
     return tyro.cli(args_type, default=default, args=flags, description=__doc__)
 
 

@@ -66,6 +66,7 @@ from common.kl import (
     load_model,
     load_scalar_model,
     option_probabilities,
+    save_model,
     shard,
     token_scores,
 )
@@ -117,6 +118,7 @@ class Args:
     epochs: float = 1.0  # passes over the data; a resumed run keeps its number of steps
     batch_size: int = 64  # prompts per optimizer step over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
     learning_rate: float = 5e-6  # peak
     warmup_steps: int = 30  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -216,7 +218,8 @@ def main(args: Args) -> dict:
     members, orders = torch.nn.ModuleList(), []  # detail 6
     for k in range(args.ensemble_size):
         seed = args.seed * 1_000_003 + k  # detail 9
-        member = load_scalar_model(args.model, device, args.gradient_checkpointing, head_seed=seed)  # detail 2
+        how = (args.gradient_checkpointing, args.lora_rank, bfloat16)
+        member = load_scalar_model(args.model, device, *how, head_seed=seed)  # detail 2
         members.append(shard(member, world))
         orders.append(shuffled_passes(len(train), args.steps * args.batch_size, seed))
     optimizer = torch.optim.AdamW(members.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
@@ -288,20 +291,15 @@ def main(args: Args) -> dict:
         if due(step, args.save_every, args.steps):
             run.save(step, members, optimizer)
 
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     for k, (model, mean, std) in enumerate(zip(members, *constants())):
         config, pad = model.config, tokenizer.pad_token_id
         config.reward_kind, config.reward_members = args.kind, len(members)
         config.reward_mean, config.reward_std, config.reward_separator = float(mean), float(std), args.step_separator
         # transformers reads the last token that is not the pad token. Where that ends conversations, none is named.
         config.get_text_config().pad_token_id = None if held_out[0]["completions"][0][-1] == pad else pad
-        if bfloat16:
-            model.base_model.bfloat16()  # the head stays float32, with which the constants were measured
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if k and rank == 0:
-            model.save_pretrained(run.folder / "model.writing" / f"member_{k}", state_dict=weights)
-    return run.finish(members[0], tokenizer, [], bfloat16=False)
+        if k:
+            save_model(model, run.folder / "model.writing" / f"member_{k}", bfloat16)
+    return run.finish(members[0], tokenizer, [], bfloat16)
 
 
 def losses_of(scores: torch.Tensor, examples: list[dict], is_process: bool, centering: float = 0.0):
@@ -510,7 +508,8 @@ class Run:
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
-        weights, moments = state_dict.get_state_dict(model, optimizer)
+        own = state_dict.StateDictOptions(ignore_frozen_params=True)
+        weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
         part = final.with_suffix(".writing")
         save({"model": weights, "optimizer": moments}, checkpoint_id=part)
         if self.rank == 0:
@@ -532,24 +531,23 @@ class Run:
                 path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 path.with_suffix(".writing").replace(path)
         if newest:
-            weights, moments = state_dict.get_state_dict(model, optimizer)
+            own = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+            weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
             planner = DefaultLoadPlanner(allow_partial_load=True)  # unused weights have no moments
             load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
-            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=own)
         return max(step, 0)
 
     def finish(self, model, tokenizer, stops: list[int], bfloat16: bool) -> dict:
         """Save model/ for from_pretrained, vLLM and the next stage, with its stop tokens; return the last metrics."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from common.kl import save_model
 
-        model = model.bfloat16() if bfloat16 else model
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         last = {name: value for row in self.history for name, value in row.items()}
+        part = self.folder / "model.writing"
+        if stops:
+            model.generation_config.eos_token_id = stops
+        save_model(model, part, bfloat16, self.folder / "adapter")
         if self.rank == 0:
-            part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            if stops:
-                model.generation_config.eos_token_id = stops
-            model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             part.rename(self.folder / "model")
@@ -567,11 +565,14 @@ class Run:
 def parse_args(args_type, embedded):
     """Read the flags. Defaults: `args_type`'s with --model, `embedded` without, a resumed run's own with --resume."""
     flags = [part for flag in sys.argv[1:] for part in (flag.split("=", 1) if flag[:2] == "--" else [flag])]
-    default = args_type() if "--model" in flags else embedded
-    if "--dataset" in flags:
+    given = {flag.replace("_", "-"): value for flag, value in zip(flags, flags[1:])}
+    default = args_type() if "--model" in given else embedded
+    if "--dataset" in given:
         default = replace(default, eval_dataset=None)
-    if "--resume" in flags:
-        default = args_type(**json.loads(Path(flags[flags.index("--resume") + 1], "args.json").read_text()))
+    if given.get("--lora-rank", "0") != "0":  # adapters want a higher rate (https://thinkingmachines.ai/blog/lora)
+        default = replace(default, learning_rate=10 * default.learning_rate)
+    if "--resume" in given:
+        default = args_type(**json.loads(Path(given["--resume"], "args.json").read_text()))
     return tyro.cli(args_type, default=default, args=flags, description=__doc__)
 
 

@@ -68,7 +68,7 @@ import tyro
 from tqdm import tqdm
 
 from common.generation import Completion, Sampler, sample_answers
-from common.kl import RewardModel, clip_gradients, completion_logprobs, context_length, kl_estimate, load_model, shard
+from common.kl import RewardModel, clip_gradients, completion_logprobs, context_length, frozen, kl_estimate, load_model
 from common.tokenizer import (
     TINY,
     first_of,
@@ -124,6 +124,7 @@ class Args:
     steps: int = 200  # rollouts; 0 evaluates only, and logs every sample
     batch_size: int = 32  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -690,8 +691,8 @@ def main(args: Args) -> dict:
     longest = min(args.max_prompt_tokens, context_length(args.model) - budget)
     data = (args.dataset, args.eval_dataset, args.eval_rows, longest, args.seed)
     questions, held_out = load_questions(tokenizer, *data, instruction=instruction)
-    policy = shard(load_model(args.model, device, args.gradient_checkpointing), world)
-    reference = shard(load_model(args.model, device).requires_grad_(False), world) if args.beta else None
+    policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
+    reference = frozen(policy, device, world) if args.beta else None
     reranker = args.reranker and RewardModel(args.reranker, device, bfloat16, args.microbatch_tokens, flag="--reranker")
     stops = stop_token_ids(tokenizer, policy)
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
@@ -931,7 +932,8 @@ class Run:
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
-        weights, moments = state_dict.get_state_dict(model, optimizer)
+        own = state_dict.StateDictOptions(ignore_frozen_params=True)
+        weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
         part = final.with_suffix(".writing")
         save({"model": weights, "optimizer": moments}, checkpoint_id=part)
         if self.rank == 0:
@@ -953,24 +955,23 @@ class Run:
                 path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 path.with_suffix(".writing").replace(path)
         if newest:
-            weights, moments = state_dict.get_state_dict(model, optimizer)
+            own = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+            weights, moments = state_dict.get_state_dict(model, optimizer, options=own)
             planner = DefaultLoadPlanner(allow_partial_load=True)  # unused weights have no moments
             load({"model": weights, "optimizer": moments}, checkpoint_id=newest, planner=planner)
-            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=own)
         return max(step, 0)
 
     def finish(self, model, tokenizer, stops: list[int], bfloat16: bool) -> dict:
         """Save model/ for from_pretrained, vLLM and the next stage, with its stop tokens; return the last metrics."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from common.kl import save_model
 
-        model = model.bfloat16() if bfloat16 else model
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         last = {name: value for row in self.history for name, value in row.items()}
+        part = self.folder / "model.writing"
+        if stops:
+            model.generation_config.eos_token_id = stops
+        save_model(model, part, bfloat16, self.folder / "adapter")
         if self.rank == 0:
-            part, names = self.folder / "model.writing", {*dict(model.named_parameters()), *dict(model.named_buffers())}
-            if stops:
-                model.generation_config.eos_token_id = stops
-            model.save_pretrained(part, state_dict={k: v for k, v in weights.items() if k in names})  # tied ones once
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             part.rename(self.folder / "model")
@@ -988,11 +989,14 @@ class Run:
 def parse_args(args_type, embedded):
     """Read the flags. Defaults: `args_type`'s with --model, `embedded` without, a resumed run's own with --resume."""
     flags = [part for flag in sys.argv[1:] for part in (flag.split("=", 1) if flag[:2] == "--" else [flag])]
-    default = args_type() if "--model" in flags else embedded
-    if "--dataset" in flags:
+    given = {flag.replace("_", "-"): value for flag, value in zip(flags, flags[1:])}
+    default = args_type() if "--model" in given else embedded
+    if "--dataset" in given:
         default = replace(default, eval_dataset=None)
-    if "--resume" in flags:
-        default = args_type(**json.loads(Path(flags[flags.index("--resume") + 1], "args.json").read_text()))
+    if given.get("--lora-rank", "0") != "0":  # adapters want a higher rate (https://thinkingmachines.ai/blog/lora)
+        default = replace(default, learning_rate=10 * default.learning_rate)
+    if "--resume" in given:
+        default = args_type(**json.loads(Path(given["--resume"], "args.json").read_text()))
     return tyro.cli(args_type, default=default, args=flags, description=__doc__)
 
 

@@ -93,7 +93,8 @@ class Sampler:
             print(f"notice: the fast sampler does not serve {name}; using model.generate instead.", file=sys.stderr)
         memory = torch.cuda.get_device_properties(self.device).total_memory / 5 if self.uses_graphs else 4e9
         self.memory_gb = memory_gb or memory / 1e9
-        self.is_copy = any(hasattr(p, "full_tensor") or p.dtype != dtype for p in model.parameters())
+        is_spread, has_adapters = hasattr(next(model.parameters()), "full_tensor"), hasattr(model, "peft_config")
+        self.is_copy = is_spread or has_adapters or any(p.dtype != dtype for p in model.parameters())
         if self.is_copy:
             with self.device:
                 self.model = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).requires_grad_(False)
@@ -107,10 +108,9 @@ class Sampler:
         """Bring the copy up to date. All processes must call it together when weights are sharded."""
         self.kept.clear()
         if self.is_copy:
-            # Buffers too, such as the biases of a router.
-            targets, sources = ([*m.parameters(), *m.buffers()] for m in (self.model, self.source))
-            for target, source in zip(targets, sources):
-                target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+            targets = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+            for name, weight in kl.plain_weights(self.source):
+                targets[name].copy_(weight)
         head = self.model.get_output_embeddings()
         self.head_bias, self.logit_shape = head.bias, kl.logit_shape(self.model)
         # A CPU multiplies in float32, where bfloat16 factors are exact; CUDA graphs hold the module's own memory.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -90,8 +90,11 @@ def in_turn():
             dist.barrier()
 
 
-def load_model(path: str, device, gradient_checkpointing: bool = False, flag: str = "--model"):
-    """The causal language model at `path` on `device`, in float32, with the attention of `use_layout` if it can.
+def load_model(
+    path: str, device, world=1, gradient_checkpointing=False, lora_rank=0, bfloat16=False, flag: str = "--model"
+):
+    """The causal language model at `path` on `device`, in float32, with the attention of `use_layout` if it can, spread
+    over `world` processes (see `shard`), with adapters (see `add_adapters`) if there is a `lora_rank`.
 
     It is in evaluation mode, or in training mode, with dropout off, for gradient checkpointing. Exits with a sentence
     that names `flag` if it cannot be loaded or if `head_logits` does not give its logits.
@@ -113,15 +116,22 @@ def load_model(path: str, device, gradient_checkpointing: bool = False, flag: st
         sys.exit(told + "so its log-probabilities would be wrong. Mend `logit_shape` there, or take another model.")
     if hasattr(config.get_text_config(), "router_aux_loss_coef"):
         tell(f"notice: the load-balancing loss of {path}, a mixture of experts, is no part of the loss.")
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model.train(gradient_checkpointing)
+    return shard(prepare(model, gradient_checkpointing, lora_rank, bfloat16), world)
 
 
-def load_scalar_model(path: str, device, gradient_checkpointing=False, flag="--model", subfolder="", head_seed=None):
-    """The model at `path` with one output, `score`, in place of its language-model head, loaded as `load_model` does.
-    With a `head_seed`, a language model gets a new linear head, normal with std 1/√(d+1). Exits with a sentence that
-    names `flag` if it cannot be loaded, or lacks a head and may not have a new one."""
+def load_scalar_model(
+    path,
+    device,
+    gradient_checkpointing=False,
+    lora_rank=0,
+    bfloat16=False,
+    flag="--model",
+    subfolder="",
+    head_seed=None,
+):
+    """The model at `path` with one output, `score`, in place of its language-model head, loaded as `load_model` does
+    but not spread. With a `head_seed`, a language model gets a new linear head, normal with std 1/√(d+1). Exits with a
+    sentence that names `flag` if it cannot be loaded, or lacks a head and may not have a new one."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -144,6 +154,13 @@ def load_scalar_model(path: str, device, gradient_checkpointing=False, flag="--m
         weight, generator = model.score.weight.data, torch.Generator().manual_seed(head_seed)
         weight.copy_(torch.empty(weight.shape).normal_(std=(weight.shape[1] + 1) ** -0.5, generator=generator))
     use_layout(model)
+    return prepare(model, gradient_checkpointing, lora_rank, bfloat16)
+
+
+def prepare(model, gradient_checkpointing: bool, lora_rank: int, bfloat16: bool):
+    """`model` ready for training."""
+    if lora_rank:
+        add_adapters(model, lora_rank, bfloat16)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(gradient_checkpointing)
@@ -176,14 +193,114 @@ def with_weights(model, read: Callable):
 def clip_gradients(model, max_norm: float) -> float:
     """Clip the gradients to a global norm of `max_norm` and return the norm before. Exits with a sentence if it is not
     finite, before the weights are harmed."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
     if not math.isfinite(norm):
         sys.exit(
             f"The gradient's norm is {norm}: the run has diverged and stops before its weights are harmed. Lower "
             "--learning-rate; --resume goes on from the last checkpoint."
         )
     return norm
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on every process, that may be spread over processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def plain_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and full tensors of the weights and buffers of `model`, tied ones once, its adapters merged in float32: the
+    checkpoint of a model without any. All processes must go through them together."""
+    names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name in names and ".lora_" not in name}
+    layers = dict(model.named_modules())
+    for name, tensor in weights.items():
+        tensor, (layer, _, end) = full(tensor), name.rpartition(".base_layer.")
+        if layer and end == "weight":
+            first, second = (full(matrix["default"].weight) for matrix in (layers[layer].lora_A, layers[layer].lora_B))
+            tensor = tensor.float().addmm(second, first, alpha=LORA_ALPHA / len(first))  # [out, r], [r, in]
+        yield name.replace(".base_layer.", "."), tensor
+
+
+def save_model(model, folder, bfloat16: bool, adapter_folder=None) -> None:
+    """Save `model`, its adapters merged, as an ordinary checkpoint, in bfloat16 on request but for a scalar head; and
+    the adapters, if it has any, for peft. All processes call it."""
+    is_main, weights, adapters = int(os.environ.get("RANK", 0)) == 0, {}, {}
+    for name, tensor in plain_weights(model):
+        is_rounded = bfloat16 and tensor.is_floating_point() and not name.startswith("score.")
+        if is_main:
+            weights[name] = tensor.to("cpu", torch.bfloat16 if is_rounded else tensor.dtype)
+    if adapter_folder and hasattr(model, "peft_config"):
+        from safetensors.torch import save_file
+
+        trained = [(name, full(weight.data)) for name, weight in model.named_parameters() if weight.requires_grad]
+        adapters = {"base_model.model." + name.replace(".default", ""): weight.cpu() for name, weight in trained}
+    if bfloat16:
+        model.base_model.bfloat16()  # of which the configuration tells
+    if is_main:
+        model.save_pretrained(folder, state_dict=weights)
+    if is_main and adapters:
+        model.peft_config["default"].save_pretrained(adapter_folder)
+        save_file(adapters, adapter_folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+LORA_ALPHA = 32
+
+
+def add_adapters(model, rank: int, bfloat16: bool) -> None:
+    """Freeze `model` but for a scalar head, and put LoRA adapters beside its other linear layers, in place: W becomes
+    W + α/r·BA, with B zero at first (arXiv:2106.09685; α as in https://thinkingmachines.ai/blog/lora).
+
+    With `bfloat16`, to which the factors of products are rounded anyway, the frozen layers are held in it.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        sys.exit("--lora-rank needs peft: pip install peft.")
+    head = ["score"] if hasattr(model, "score") else None
+    config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", exclude_modules=head)
+    config.base_model_name_or_path, config.modules_to_save = model.name_or_path, head
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same adapters in every process
+        inject_adapter_in_model(config, model)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and bfloat16:
+            layer.base_layer.bfloat16()
+    if head:
+        model.score.requires_grad_(True)
+
+
+class WithoutAdapters:
+    """A model with its adapters switched off where it is read: what it was before it was trained."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def with_weights(self, read: Callable):
+        from peft.tuners.lora import LoraLayer
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            return with_weights(self.model, read)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+def frozen(policy, device, world: int, path: str | None = None):
+    """The reference, which is not trained: the model at `path`, by default the one that `policy` started from. That
+    costs no memory where `policy` has adapters."""
+    if path is None and hasattr(policy, "peft_config"):
+        return WithoutAdapters(policy)
+    return load_model(path or policy.name_or_path, device, world).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------- attention
