@@ -3,31 +3,31 @@
 The model writes a turn, tools answer its calls, it reads that and goes on, until a turn calls nothing: the answer. Each
 trajectory of a task is judged by how much better it scored than its siblings. What tools wrote is never trained on.
 
-    τ = (prompt, action₁, observation₁, action₂, …, answer),    a_t = 1 where the model wrote token t
+    τ = (prompt, turn₁, observation₁, turn₂, …, answer),    a_t = 1 where the model wrote token t: an action
     credit trajectory:  A_i = (R(τ_i) − mean R) / std R                  over the trajectories of a task
     credit turn:        A_ik = (R_ik − mean R_·k) / std R_·k             R_ik = Σ_{j≥k} r_ij, over those with a turn k
     loss = mean over i of Σ_t a_t·[ −w_t·min(ρ_t·A, clip(ρ_t, 1−ε_low, 1+ε_high)·A) + β·k3_t ] / Σ_t a_t
 
 Signal: whether the final answer is right. Optimizer: grpo.py's, on actions alone. Leash: KL to the start. Defence: a
-program checks answers; tools touch nothing but a sandbox; accuracy is measured again with the tools withheld.
+program checks answers; `python` runs in a sandbox; accuracy is measured again with the tools withheld.
 
     python agentic.py                                              # embedded model and data, a minute on a laptop
     python agentic.py --model Qwen/Qwen2.5-1.5B-Instruct           # GSM8K with Python, on one GPU
     torchrun --nproc-per-node 8 agentic.py --model … --dataset nq.jsonl --tools search --corpus documents.jsonl
 
 Normal: `eval/accuracy` rises with `eval/tool_use_rate`, `eval/accuracy_without_tools` stays, `agent/error_rate` falls.
-Wrong: `agent/cut` (no answer) above a few per cent: a limit on turns or tokens binds. The rest is as in grpo.py.
+Wrong: `agent/cut` (no answer) above a few per cent: a limit is too low. For all else, ρ and k3 see grpo.py.
 
 Details that decide whether it works, marked in the code under their numbers:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise over a tiny std.
  2. Ids, mask and log-probabilities grow together, turn by turn; nothing sampled is tokenised again.
  3. Logits are divided by the sampling temperature in every forward, policy's and reference's.
  4. The end-of-turn token is an action. What tools and template write enters no loss, KL, entropy or denominator.
- 5. π_old is computed by the trainer; the sampler's log-probabilities serve only as μ in the capped weight w.
+ 5. π_old is computed by the trainer; the sampler's own probabilities μ serve only in w = min(π_old/μ, cap), nearly 1.
  6. The minimum of clipped and unclipped objective bounds the gain for both signs of the advantage.
  7. Losses are divided by counts of the whole optimizer step's actions: microbatches and processes change nothing.
  8. All randomness is a function of seed, step, turn and the trajectory's number: a resumed run repeats every bit.
- 9. Observations are tokenised fresh, forge no control token, and are cut inside their tag, or left out past the budget.
+ 9. Observations are tokenised apart, cannot forge control tokens, are cut inside their tags, or dropped over budget.
 10. Whatever goes wrong in a call is an observation and a counter, never a crash; a call that hangs is given up.
 
 Papers: Search-R1 arXiv:2503.09516, ReTool 2504.11536, GRPO 2402.03300, turn-level credit 2505.11821.
@@ -79,16 +79,16 @@ class Args:
     max_prompt_tokens: int = 1024  # rows with a longer prompt, tools included, are dropped
     tools: tuple[Literal["calculator", "search", "python"], ...] = ("python",)  # what the agent may call
     corpus: str | None = None  # documents for `search`: rows with text, and title if they have one
-    tool_seconds: float = 5.0  # a call is given up after these
-    unsafe_python: bool = False  # run the model's code under limits alone, where bubblewrap cannot be used
+    tool_seconds: float = 5.0  # a call is given up after about these
+    unsafe_python: bool = False  # run the model's code without bubblewrap, under limits alone
     max_turns: int = 4  # turns of the model in a trajectory; calls of the last one are not made
     max_completion_tokens: int = 512  # budget of a turn
     max_observation_tokens: int = 256  # what a tool answers is cut after these
     max_trajectory_tokens: int = 2048  # budget of a trajectory behind its prompt, observations included
 
     # algorithm
-    credit: Literal["trajectory", "turn"] = "trajectory"  # one advantage for all actions, or one for each turn's
-    call_cost: float = 0.0  # taken from the reward for every call
+    credit: Literal["trajectory", "turn"] = "trajectory"  # one advantage for a trajectory, or one for each turn
+    call_cost: float = 0.0  # taken from the reward for every call written
     num_samples: int = 8  # trajectories per task (G)
     temperature: float = 1.0  # of sampling, and of every log-probability in training
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # (r − mean) / std; r − mean; r − mean of the others
@@ -98,7 +98,7 @@ class Args:
     clip_high: float = 0.2  # and above 1 + clip_high; 0.28 is DAPO's clip-higher
     beta: float = 0.001  # weight of the KL in the loss; 0 loads no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # expected gradient in a loss: 0; of KL(π‖ref); of KL(ref‖π)
-    importance_cap: float = 2.0  # on the weight π_old/μ, which corrects for the sampler's rounding; 0: no weight
+    importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; clipping acts only if one of the two is above 1
 
@@ -138,8 +138,8 @@ EMBEDDED = Args(  # what runs where no --model is given: a minute on two cores
 
 
 class Environment:
-    """Each trajectory lives in its own, which has `reset(row)`, the messages to begin with, always the same, `reward(
-    trajectory)`, and maybe other `tools`: functions with type hints, whose docstrings describe their `Args:`."""
+    """Each trajectory gets an instance of its own. A subclass defines `reset(row)`, which returns the first messages,
+    the same every time, and `reward(trajectory)`; it may set other `tools`: typed functions, with `Args:` described."""
 
     def __init__(self, tools: list, args: Args):
         self.tools, self.args = tools, args
@@ -226,9 +226,9 @@ class Tools:  # what --tools may name
 
     def sandbox(self) -> list[str]:
         """The command that runs code in bubblewrap: no network, no other process, nothing to see but this Python, the
-        system's libraries and an empty folder of 16 MB, under limits. Root becomes nobody: RLIMIT_NPROC does not bind
-        root. Nobody cannot look into /root: Python is mounted at /python. /proc, which shows the environment of bwrap,
-        is not there, nor /dev/shm, memory without limit. Time alone bounds memory that no address space holds."""
+        system's libraries and an empty folder of 16 MB, under limits. RLIMIT_NPROC does not bind root, so root becomes
+        user 65534, who cannot read /root, so Python is mounted at /python. Left out: /proc, which shows the environment
+        of bwrap, and /dev/shm, unlimited memory. Memory outside of any address space is bounded by time alone."""
         python, is_root = Path(sys.executable).resolve(), os.getuid() == 0 and not self.args.unsafe_python
         limits = f"CPU={math.ceil(self.args.tool_seconds) + 1}, AS=2**29, FSIZE=2**22, NPROC=0, NOFILE=32, CORE=0"
         prelude = f"""import os, resource, sys
@@ -280,9 +280,9 @@ class Call:  # as the model wrote it, and what came of it
 
 
 def parse_calls(text: str) -> list[Call]:
-    """Calls in the way of Hermes, `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, outside of reasoning."""
+    """Calls in the format of Hermes, `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, outside of reasoning."""
     text, calls, at = text.rpartition("</think>")[2], [], 0
-    reasoning = text.find("<think>") % (len(text) + 1)  # or behind the end
+    reasoning = text.find("<think>") % (len(text) + 1)  # where unclosed reasoning begins
     while (found := re.compile(r"<tool_call>\s*").search(text, at)) and found.start() < reasoning:
         at = found.end()
         try:  # an object ends at the brace that closes it, whatever its strings hold
@@ -299,17 +299,17 @@ class Trajectory:  # every token that the model has read or written of a task
     def __init__(self, number: int, prompt: list[int], environment: Environment):
         self.number, self.environment, self.prompt_length = number, environment, len(prompt)
         self.ids, self.action_mask, self.logprobs = list(prompt), [False] * len(prompt), [0.0] * len(prompt)
-        self.turns, self.lengths, self.is_over, self.answer = [], [], False, None  # calls and tokens of each turn
+        self.turns, self.lengths, self.is_over, self.answer = [], [], False, None  # of each turn: its calls, its length
 
-    def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:  # without them: what is only read
+    def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:  # None: what the model only reads
         self.ids += ids  # detail 2
         self.action_mask += [logprobs is not None] * len(ids)  # detail 4
         self.logprobs += logprobs or [0.0] * len(ids)
 
 
 class Dialogue:
-    """How a chat template tells of tools and of what they answered: one that knows tools, and has them called as
-    `parse_calls` reads it, by schemas and the role `tool`; others by words, in the first message and a user's turn."""
+    """How tools and their results are put into a chat. Where the template knows tools and has them called in the format
+    of `parse_calls`: as schemas and `tool` messages. Elsewhere as text, in the first message and in `user` messages."""
 
     def __init__(self, tokenizer, max_observation_tokens: int):
         self.tokenizer, self.limit, self.closing = tokenizer, max_observation_tokens, end_of_turn(tokenizer)
@@ -321,7 +321,7 @@ class Dialogue:
             sys.exit(f"The chat template of {tokenizer.name_or_path} {told}. Use one that only appends.")
 
     def keeps_history(self, is_native: bool) -> bool:
-        """Whether a tool's answer is shown, and what was read and written before as it was, but for white space."""
+        """Set is_native; whether tools' results show up, and earlier text stays as it was, but for white space."""
         self.is_native, reply = is_native, {"role": "assistant", "content": "<think>one</think>two"}
         with suppress(Exception):  # templates raise what they like
             more = [reply, *self.messages([Call("probe", {}, "OBSERVED")])]
@@ -342,12 +342,12 @@ class Dialogue:
         told += "Then end your turn. The result comes back in <tool_response> tags, and you go on from it.\n\n"
         system, *rest = messages if messages[0]["role"] == "system" else [{"content": ""}, *messages]
         told = (told + system["content"]).strip()
-        with suppress(Exception):  # of a template that takes no such message
+        with suppress(Exception):  # templates without a system role raise
             return encode_prompt(self.tokenizer, [{"role": "system", "content": told}, *rest])
         return encode_prompt(self.tokenizer, [{**rest[0], "content": f"{told}\n\n{rest[0]['content']}"}, *rest[1:]])
 
     def messages(self, calls: list[Call]) -> list[dict]:
-        """What the calls of a turn answered, each cut after so many tokens: the template closes it behind the cut."""
+        """Results of a turn's calls, each cut to `limit` tokens before the template puts it inside of its tags."""
         texts = [call.observation[: 100 * self.limit] for call in calls]  # no tokenizer is to chew on megabytes
         for i, ids in enumerate([encode_text(self.tokenizer, text, begins=False) for text in texts]):
             if len(ids) > self.limit:
@@ -378,8 +378,8 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
                 live[-1].environment.reset(json.loads(task["row"]))
         groups = [live[i : i + num_samples] for i in range(0, len(live), num_samples)]
         while live:
-            # The model writes a turn of every trajectory that goes on; a stop token that closes none ends the text.
-            share = 1 if turn else num_samples  # the samples of a task begin with one prompt
+            # The model writes the next turn of each live trajectory; any stop token but the end of turn ends it.
+            share = 1 if turn else num_samples  # in its first turn a task's trajectories share a prompt
             asked, sampling = live[::share], (share, temperature, seed * 64 + turn)  # detail 8
             room = [args.max_trajectory_tokens - len(t.ids) + t.prompt_length for t in asked]
             budgets, numbers = [min(args.max_completion_tokens, n) for n in room], [t.number // share for t in asked]
@@ -428,7 +428,7 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
                 call.observation, call.error = "error: it took too long", "timed_out"
 
 
-def encode_task(dialogue: Dialogue, begin: partial, row: dict, max_tokens: int, about: str = "") -> dict:
+def encode_task(dialogue: Dialogue, begin: partial, row: dict, max_tokens: int, cache_key: str = "") -> dict:
     environment = begin()
     messages = read_messages(environment.reset(row))
     ids, bare_ids = dialogue.prompt(messages, environment.tools), dialogue.prompt(messages, [])
@@ -442,7 +442,7 @@ def evaluate_agent(player: Player, tasks, run: "Run", rank: int, world: int, ste
     sampling, mine, samples = (args.eval_samples, args.temperature, args.seed), [tasks[i] for i in places], []
     kinds = {"accuracy_without_tools": (*sampling, True), "accuracy_greedy": (1, 0.0, args.seed), "accuracy": sampling}
     player.sampler.sync()
-    for name, how in kinds.items():
+    for name, how in kinds.items():  # the last of these is what the rest describes
         groups = player.play(mine, list(places), *how)
         played = [t for group in groups for t in group]
         means.add(f"eval/{name}", [t.environment.reward(t) for t in played])
@@ -493,8 +493,8 @@ def aggregate(losses, mask, how: str, sequences: int, tokens: float, max_tokens:
 
 
 def assign_credit(rewards: torch.Tensor, credit: str, kind: str) -> torch.Tensor:
-    """Advantages [P, G, K] of turns from their rewards [P, G, K], NaN where there is no such turn: those of whole
-    trajectories, or of what a turn and all later ones earned, compared with turns of the same number."""
+    """Advantages [P, G, K] of K turns from their rewards [P, G, K], NaN where there is no such turn. A turn is credited
+    with its trajectory's total, or with what it and later turns earned, against its siblings' turns k."""
     if credit == "trajectory":
         return group_advantages(rewards.nansum(-1), kind)[..., None].expand_as(rewards)
     returns, advantages = rewards.nan_to_num().flip(-1).cumsum(-1).flip(-1), torch.zeros_like(rewards)
@@ -518,8 +518,8 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
     dialogue, tools = Dialogue(tokenizer, args.max_observation_tokens), Tools(args)
     begin = partial(environment, [getattr(tools, name) for name in args.tools], args)
     longest = min(args.max_prompt_tokens, context_length(args.model) - budget)
-    about = repr(args) + Path(sys.modules[environment.__module__].__file__).read_text()  # the cache's key
-    encode = partial(encode_task, dialogue, begin, max_tokens=longest, about=about)
+    key = repr(args) + Path(sys.modules[environment.__module__].__file__).read_text()  # of the cached tasks
+    encode = partial(encode_task, dialogue, begin, max_tokens=longest, cache_key=key)
     encode = partial(encode_rows, tokenizer, encode=encode, columns={"bare_ids": "ints", "row": "string"})
     tasks, held_out = load_split(encode, args.dataset, args.eval_dataset, args.eval_rows, args.seed)
     policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
@@ -554,7 +554,7 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
             row[len(t.turns) - 1] += t.environment.reward(t)
         credit = assign_credit(rewards, args.credit, args.advantage).flatten(0, 1)  # [B, K]
 
-        # The rollout as rows: B = tasks × G trajectories, each with its prompt, and of its tokens the A actions alone.
+        # The rollout as rows: B = tasks × G trajectories, each with its prompt. Columns are actions alone, at most A.
         prompts, ids = zip(*[(t.ids[: t.prompt_length], t.ids[t.prompt_length :]) for t in trajectories])
         masks = [t.action_mask[t.prompt_length :] for t in trajectories]
         sampler_logprobs = pad_rows([torch.tensor(t.logprobs)[t.action_mask] for t in trajectories]).to(device)

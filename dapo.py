@@ -78,7 +78,7 @@ class Args:
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # (r − mean) / std; r − mean; r − mean of the others
     surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"  # ratios per token; per completion (clip 3e-4, 4e-4); detached
     clip_low: float = 0.2  # ratios are clipped below 1 − clip_low
-    importance_cap: float = 2.0  # on the weight π_old/μ, which corrects for the sampler's rounding; 0: no weight
+    importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 1  # passes over each rollout
     minibatches: int = 4  # optimizer steps per pass, 16 in the paper; clipping acts only if one of the two is above 1
 

@@ -57,7 +57,16 @@ import tyro
 from tqdm import tqdm
 
 from common.generation import Sampler, evaluate_answers, is_correct
-from common.kl import RewardModel, clip_gradients, completion_logprobs, context_length, frozen, kl_estimate, load_model
+from common.kl import (
+    Judge,
+    RewardModel,
+    clip_gradients,
+    completion_logprobs,
+    context_length,
+    frozen,
+    kl_estimate,
+    load_model,
+)
 from common.tokenizer import TINY, load_questions, load_tokenizer, microbatches, pad_rows, shuffled_pass, stop_token_ids
 
 
@@ -67,6 +76,8 @@ class Args:
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # folder or Hub name of a causal language model
     reference: str | None = None  # the KL's other model, with the same tokenizer; default: --model as it starts
     reward_model: str | None = None  # output of reward_model.py; its score replaces the reward, rows need no answer
+    judge: str | None = None  # a language model instead: the share of --rubric's points that it grants
+    rubric: str | None = None  # file of criteria for answers, one a line
     ensemble_score: Literal["mean", "min", "uwo"] = "mean"  # of an ensemble's scores; uwo: mean − variance / 2
     dataset: str = "openai/gsm8k:main"  # file, folder or Hub name[:subset[:split]]; rows hold question and answer
     eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset but not this, a tenth of it
@@ -86,7 +97,7 @@ class Args:
     clip_high: float = 0.2  # and above 1 + clip_high; 0.28 is DAPO's clip-higher
     beta: float = 0.001  # weight of the KL in the loss; 0 loads no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # expected gradient in a loss: 0; of KL(π‖ref); of KL(ref‖π)
-    importance_cap: float = 2.0  # on the weight π_old/μ, which corrects for the sampler's rounding; 0: no weight
+    importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; clipping acts only if one of the two is above 1
 
@@ -169,6 +180,7 @@ def main(args: Args) -> dict:
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % (args.minibatches * world) == 0, "--batch-size: a multiple of minibatches × processes"
     assert args.num_samples > 1, "--num-samples: a completion is compared with its siblings, so at least 2"
+    assert not args.judge or args.rubric, "--judge needs a --rubric"
     assert args.reference is None or args.beta, "--reference without --beta: nothing is measured to it"
     # GSPO has one term for a sequence, which any other aggregation would weigh by its length.
     assert args.surrogate != "gspo" or args.aggregation == "sequence", "--surrogate gspo: --aggregation sequence only"
@@ -176,13 +188,15 @@ def main(args: Args) -> dict:
     tokenizer, budget = load_tokenizer(args.model, args.today), args.max_completion_tokens
     longest = min(args.max_prompt_tokens, context_length(args.model) - budget)
     data = (args.dataset, args.eval_dataset, args.eval_rows, longest, args.seed)
-    questions, held_out = load_questions(tokenizer, *data, needs_answer=not args.reward_model)
+    questions, held_out = load_questions(tokenizer, *data, needs_answer=not (args.reward_model or args.judge))
     policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
     reference = score = None
     if args.beta:
         reference = frozen(policy, device, world, args.reference)
     if args.reward_model:
         score = RewardModel(args.reward_model, device, bfloat16, args.microbatch_tokens, args.ensemble_score)
+    if args.judge:
+        score = Judge(args.judge, args.rubric, device, bfloat16, args.microbatch_tokens)
     stops = stop_token_ids(tokenizer, policy)
     sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)

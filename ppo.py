@@ -4,12 +4,12 @@ Against grpo.py: a reward model scores completions; every token pays for leaving
 learns to predict what is still to come, takes the place of the group, so that each token gets its own advantage.
 
     r_t = −β·(log π_old(y_t) − log ref(y_t)) + [t is the last token]·score(y)
-    δ_t = r_t + γ·V_{t+1} − V_t,   A_t = δ_t + γλ·A_{t+1},   R_t = A_t + V_t            V after the last token is 0
-    policy loss = mean of max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε)),   ρ_t = π(y_t) / π_old(y_t),   A whitened
+    δ_t = r_t + γ·V_{t+1} − V_t,   A_t = δ_t + γλ·A_{t+1},   R_t = A_t + V_t          γ = 1; V after the last token is 0
+    policy loss = mean of w·max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε)),   ρ = π/π_old,   w = min(π_old/μ, cap),   A whitened
     value loss  = mean of ½·max((V−R)², (V_old + clip(V−V_old, −ε, ε) − R)²)
 
-Signal: a reward model's score. Optimizer: a clipped policy gradient over several epochs. Leash: KL in the reward, its
-weight held to a target. Defence: that leash, an ensemble, a stop at some KL; the gold score watched beside the proxy.
+Signal: a reward model's score. Optimizer: a clipped policy gradient over several epochs. Leash: KL in the reward, kept
+near a target by its weight. Defence: that leash, an ensemble, a stop at some KL; the gold score watched beside it.
 
     python reward_model.py && python ppo.py                            # embedded model and data, a few minutes
     python ppo.py --model Qwen/Qwen2.5-1.5B-Instruct                   # UltraFeedback's prompts on one GPU
@@ -23,7 +23,7 @@ from which KL on. `value/explained_variance` at 0: the critic is noise, and so a
 
 Details that decide whether it works, marked in the code under their numbers:
  1. A completion that was cut has not earned its score: a penalty is taken off.
- 2. Token ids are the sampler's own; π_old, also in the rewarded KL, is computed by the trainer.
+ 2. Token ids are the sampler's own; π_old, in the ratios and in the reward's KL, is computed by the trainer.
  3. Logits of completions are divided by the sampling temperature in every forward, policy's and reference's.
  4. The stop token is an action; masks come from lengths, and nothing behind the last action is ever read.
  5. KL enters the reward as k1, detached: the gradient of k3 there has a wrong size and even a wrong sign.
@@ -33,7 +33,7 @@ Details that decide whether it works, marked in the code under their numbers:
  9. Rewards may be whitened too, without moving their mean, which would turn a good score into a bad one.
 10. Values are clipped around the old ones as ratios are around 1, and the larger of both losses counts.
 11. Losses are divided by the tokens of the whole optimizer step: microbatches and processes change nothing.
-12. The controller moves β by the KL summed over sequences, at most a fifth of n/horizon at a time.
+12. The controller moves β by the KL per completion, summed over its tokens, at most a fifth of n/horizon for n of them.
 13. The critic starts as the reward model, its normalisation folded in, so that it begins at the scores' scale.
 14. All randomness is a function of seed and step: a resumed run repeats the uninterrupted one bit for bit.
 
@@ -109,17 +109,17 @@ class Args:
     temperature: float = 1.0  # of sampling, and of every log-probability in training
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that was cut
     whiten_rewards: bool = False  # scale the rewards of tokens to unit variance (arXiv:2403.17031)
-    beta: float = 0.05  # weight of the KL in the reward, at first where there is a --kl-target
+    beta: float = 0.05  # weight of the KL in the reward; with a --kl-target only the first one
     kl_target: float | None = 6.0  # nats per completion to which the controller holds the KL; None keeps beta
-    kl_horizon: int = 10_000  # completions over which the controller acts
+    kl_horizon: int = 10_000  # completions in which the controller moves β by a fifth
     stop_kl: float | None = None  # end the run after the first evaluation that finds more nats per completion
     gae_lambda: float = 0.95  # λ of GAE: 1 trusts returns alone, 0 the critic alone
     clip_range: float = 0.2  # ratios are clipped to 1 ± clip_range
     value_clip: float = 0.2  # values are clipped to the old ones ± value_clip
-    importance_cap: float = 2.0  # on the weight π_old/μ, which corrects for the sampler's rounding; 0: no weight
+    importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 4  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass
-    critic: Literal["reward_model", "policy"] = "reward_model"  # starts as it, or as the policy with a head of zeros
+    critic: Literal["reward_model", "policy"] = "reward_model"  # its first weights; policy: with a head of zeros
     ptx_dataset: str | None = None  # demonstrations mixed into the loss (PPO-ptx)
     ptx_weight: float = 0.1  # of their mean negative log-likelihood per token
 
@@ -168,7 +168,7 @@ def reward(text: str, row: dict, stopped: bool) -> float:
 
 
 def token_rewards(logprobs, ref_logprobs, scores: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
-    """−β·k1 for every action, and the score where the last one is [B, T]. logprobs, ref_logprobs [B, T], scores [B]."""
+    """[B, T]: −β·k1 at every action, plus the score at the last one. logprobs, ref_logprobs [B, T], scores [B]."""
     rewards = -beta * kl_estimate(logprobs, ref_logprobs, "k1") * mask  # detail 5
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
     rewards[torch.arange(len(mask), device=mask.device), last] += scores  # detail 6
@@ -246,13 +246,13 @@ def main(args: Args) -> dict:
         sampling, means = (budget, args.eval_samples, args.temperature, args.seed), Means()
         answered = sample_answers(sampler, tokenizer, held_out, sampling, rank, world, greedy=True)
         metrics, samples = answer_metrics(answered, tokenizer, device)
-        for sample, (question, group, texts) in zip(samples, answered.values()):
+        for sample, (question, group, texts) in zip(samples, answered.values()):  # the last of a group is greedy
             scores = scores_of(question["row"], texts[:-1], group[:-1])
             means.add("eval/reward", scores)
             sample["reward"] = float(scores[0])
-        texts = [(question["ids"], c.ids) for question, group, _ in answered.values() for c in group[:-1]]
-        prompts, ids = zip(*texts or [([0], [0])])
-        for part, weight in microbatches(ids, prompts, args.microbatch_tokens, range(len(texts))):
+        pairs = [(question["ids"], c.ids) for question, group, _ in answered.values() for c in group[:-1]]
+        prompts, ids = zip(*pairs or [([0], [0])])
+        for part, weight in microbatches(ids, prompts, args.microbatch_tokens, range(len(pairs))):
             found = [completion_logprobs(model, part, prompts, ids, **forward)[0] for model in (policy, reference)]
             means.add("eval/kl", (found[0] - found[1]).sum(1), weight)
         return metrics | means.over_processes(device), samples
@@ -403,7 +403,7 @@ def draw_overoptimisation(run) -> None:
     figure = Figure(figsize=(5, 3.2), layout="tight")
     axis = figure.subplots()
     axis.plot(distance, [row["eval/reward"] for row in rows], marker=".", color="C0")
-    axis.set(xlabel="√KL to the reference, of nats per completion", ylabel="proxy reward (blue)")
+    axis.set(xlabel="√KL to the reference (KL in nats per completion)", ylabel="proxy reward (blue)")
     if "eval/accuracy" in rows[0]:
         gold = axis.twinx()
         gold.plot(distance, [row["eval/accuracy"] for row in rows], marker=".", color="C1")

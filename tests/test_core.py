@@ -61,7 +61,9 @@ CASES = {
     "rlvr_math_rloo": ("rlvr_math", [*SAMPLED, "--eval-samples", 2, "--algorithm", "rloo", "--beta", 0.1,
                                      "--minibatches", 2, "--save-verified"]),
 }  # fmt: skip
-CASES |= {f"{name}_lora": (name, [*CASES[name][1], "--lora-rank", 4]) for name in ("sft", "reward_model", "ppo", "grpo")}
+CASES |= {
+    f"{name}_lora": (name, [*CASES[name][1], "--lora-rank", 4]) for name in ("sft", "reward_model", "ppo", "grpo")
+}
 
 
 def plumbing(script: str) -> str:
