@@ -286,16 +286,14 @@ class WithoutAdapters:
         return getattr(self.model, name)
 
     def with_weights(self, read: Callable):
-        from peft.tuners.lora import LoraLayer
-
-        layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
+        layers = [layer for layer in self.model.modules() if hasattr(layer, "_disable_adapters")]
+        for layer in layers:  # peft's own switch would take away requires_grad too, which FSDP reads once
+            layer._disable_adapters = True
         try:
             return with_weights(self.model, read)
         finally:
             for layer in layers:
-                layer.enable_adapters(True)
+                layer._disable_adapters = False
 
 
 def frozen(policy, device, world: int, path: str | None = None):
