@@ -23,7 +23,7 @@ def adapted(rank: int = 4, **settings):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".lora_B." in name:
-                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return model
 
 
@@ -46,7 +46,7 @@ def test_the_reference_is_the_policy_without_adapters_and_leaves_them_on():
     plain, model = kl.load_model(str(TINY), "cpu"), adapted()
     reference, before = kl.frozen(model, "cpu", 1), logprobs_of(model)
     assert torch.equal(logprobs_of(reference), logprobs_of(plain)) and reference.config is model.config
-    assert torch.equal(logprobs_of(model), before) and (before - logprobs_of(plain)).abs().max() > 0.1
+    assert torch.equal(logprobs_of(model), before) and (before - logprobs_of(plain)).abs().max() > 0.05
     assert all(weight.requires_grad == (".lora_" in name) for name, weight in model.named_parameters())
     other = kl.frozen(model, "cpu", 1, str(TINY))  # a reference that is named is loaded
     assert torch.equal(logprobs_of(other), logprobs_of(plain)) and not hasattr(other, "peft_config")
