@@ -33,7 +33,8 @@ Details that decide whether it works, marked in the code under their numbers:
 Papers: Search-R1 arXiv:2503.09516, ReTool 2504.11536, GRPO 2402.03300, turn-level credit 2505.11821.
 """
 
-import gc  # noqa: I001 (sorted, the three lines from common.tokenizer would be twenty)
+import builtins  # noqa: I001 (sorted, the three lines from common.tokenizer would be twenty)
+import gc
 import json
 import math
 import os
@@ -49,6 +50,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
+from decimal import Context, Decimal
 from fractions import Fraction
 from functools import partial
 from multiprocessing import pool
@@ -60,7 +62,7 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from common.generation import Sampler, final_answer, is_correct
+from common.generation import Sampler, is_right
 from common.kl import clip_gradients, completion_logprobs, context_length, frozen, kl_estimate, load_model
 from common.tokenizer import TINY, encode_prompt, encode_rows, encode_text, end_of_turn, first_line, first_of
 from common.tokenizer import gold_answers, load_rows, load_split, load_tokenizer, microbatches, pad_rows, read_messages
@@ -75,7 +77,10 @@ class Args:
     eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset but not this, a tenth of it
     eval_rows: int = 100  # held-out tasks used
     eval_samples: int = 4  # trajectories of each, at --temperature, with the tools and without
-    instruction: str = "Use the tools where they help. End with the answer alone in <answer></answer>."  # after a task
+    environment: Literal["questions", "code"] = "questions"  # code: functions to write, rows of MBPP or HumanEval
+    instruction: str = (
+        "Use the tools where they help. End with the answer alone in <answer></answer>."  # after a question
+    )
     max_prompt_tokens: int = 1024  # rows with a longer prompt, tools included, are dropped
     tools: tuple[Literal["calculator", "search", "python"], ...] = ("python",)  # what the agent may call
     corpus: str | None = None  # documents for `search`: rows with text, and title if they have one
@@ -92,7 +97,6 @@ class Args:
     num_samples: int = 8  # trajectories per task (G)
     temperature: float = 1.0  # of sampling, and of every log-probability in training
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # (r − mean) / std; r − mean; r − mean of the others
-    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"  # ratios per token; per trajectory (clip 3e-4, 4e-4); detached
     aggregation: Literal["sequence", "token", "constant"] = "sequence"  # of token losses: GRPO, DAPO, Dr. GRPO
     clip_low: float = 0.2  # ratios are clipped below 1 − clip_low
     clip_high: float = 0.2  # and above 1 + clip_high; 0.28 is DAPO's clip-higher
@@ -141,8 +145,8 @@ class Environment:
     """Each trajectory gets an instance of its own. A subclass defines `reset(row)`, which returns the first messages,
     the same every time, and `reward(trajectory)`; it may set other `tools`: typed functions, with `Args:` described."""
 
-    def __init__(self, tools: list, args: Args):
-        self.tools, self.args = tools, args
+    def __init__(self, tools: list, args: Args, run_python=None):
+        self.tools, self.args, self.run_python = tools, args, run_python
 
     def turn_reward(self, calls: list["Call"]) -> float:
         return -self.args.call_cost * len(calls)
@@ -158,23 +162,23 @@ class ToolQuestions(Environment):  # questions with right answers, of which any 
         return float(trajectory.answer is not None and is_right(trajectory.answer, self.golds))
 
 
-def is_right(text: str, golds: list[str]) -> bool:
-    """Whether the final answer of `text` is one of `golds`: as a number where it is one, else as SQuAD compares texts,
-    without case, emphasis, punctuation and articles. Signs with a meaning (C++, 2*3, -) and letters of choices stay."""
+class CodeTasks(Environment):  # functions to write; their tests, which the model never sees, must pass in the sandbox
+    def reset(self, row: dict) -> list[dict]:
+        tests = row.get("test_list") or [row["test"], f"check({row['entry_point']})"]
+        self.given = row["prompt"] if "entry_point" in row else ""  # HumanEval's imports, helpers and empty function
+        self.tests = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", ""), *tests])
+        names = re.findall(r"def (\w+)", row.get("code", "")) + re.findall(r"(?<![\w.])(\w+)\(", tests[0])
+        self.name = row.get("entry_point") or next(n for n in names if n in tests[0] and not hasattr(builtins, n))
+        asked = f"Complete this:\n```python\n{self.given}```" if self.given else first_of(row, "text", "prompt")
+        return [{"role": "user", "content": f"{asked}\n\nWrite the whole function `{self.name}` in a Python block."}]
 
-    def plain(answer: str) -> str:
-        text = re.sub(r"(?<!\w)(\*{1,2})(\S.*?)\1(?!\w)", r"\2", answer.casefold())
-        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[.,:](?!\d)|[!?;\"'`´‘’“”„…&$€£]", "", text)
-        brackets = r"|[()\[\]{}]|(?<=[^\W\d]{2})-(?=[^\W\d]{2})" * (not re.search(r"\d", text))
-        text = re.sub(r"\bthe\s+(?=\S)|\ban?\s+(?=[^\W\d]{2})" + brackets, "", text)  # `A` is a choice, `A B` are two
-        return " ".join(re.sub(r"\s*([-+*/=<>^])\s*", r"\1", text).split()) or answer.strip()
-
-    answers, said = [final_answer(text)], text.rpartition("</think>")[2]
-    if not re.search(r"</answer>|\\boxed", said):  # then a sentence may say it, in full
-        answers += re.findall(r"(?i)\banswer\b(?:[^.:\n]*?\b(?:is|be)\b:?|:)\s*(.+)", said)[-1:]
-    golds = [final_answer(gold) if "####" in gold or "\\boxed" in gold else gold for gold in golds]
-    is_number = is_correct(text, [gold for gold in golds if re.search(r"\d", gold)])
-    return is_number or answers[0] is not None and not {*map(plain, golds)}.isdisjoint(map(plain, answers))
+    def reward(self, trajectory: "Trajectory") -> float:
+        blocks = re.findall(r"```(?:python|py)?\s*\n(.*?)(?:```|$)", trajectory.answer or "", re.DOTALL)
+        program = next((block for block in blocks if f"def {self.name}" in block), trajectory.answer or "")
+        passed = os.urandom(16).hex()  # which a program that ends early cannot print
+        with suppress(TimeoutError):
+            return float(self.run_python(f"{self.given}\n{program}\n{self.tests}\nprint('{passed}')").endswith(passed))
+        return 0.0
 
 
 class Tools:  # what --tools may name
@@ -182,7 +186,7 @@ class Tools:  # what --tools may name
         self.args = args
         if "search" in args.tools:
             self.index_corpus()
-        if "python" in args.tools:
+        if "python" in args.tools or args.environment == "code":
             self.command = self.sandbox()
             told = self.python("print(6 * 7)") if shutil.which(self.command[0]) else "it is not installed"
             remedy = "install it, let it make namespaces (docker run --privileged), or limit alone with --unsafe-python"
@@ -202,7 +206,7 @@ class Tools:  # what --tools may name
         if is_large or not re.fullmatch(r"[-+*/%() ]*", re.sub(number, "", text)):  # nothing else reaches eval
             raise ValueError("give numbers and + - * / // % ( ) and ** with whole exponents below 1000, in one line")
         value = Fraction(eval(re.sub(number, r"Fraction('\g<0>')", text), {"Fraction": Fraction, "__builtins__": {}}))
-        return str(value) if value.denominator == 1 else f"{float(value):.15g}"
+        return str(value if value.denominator == 1 else Context(15).divide(*map(Decimal, value.as_integer_ratio())))
 
     def index_corpus(self) -> None:  # in a file, with SQLite's FTS5
         assert self.args.corpus, "--tools search looks through documents: name them with --corpus"
@@ -402,6 +406,7 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
                 t.is_over = len(t.ids) + len(ids) - t.prompt_length >= args.max_trajectory_tokens
                 t.append([] if t.is_over else ids)
             live = [t for t in going if not t.is_over]
+        self.threads.map(lambda t: setattr(t, "reward", t.environment.reward(t)), sum(groups, []))
         return groups
 
     def make_calls(self, trajectories: list[Trajectory], withheld: bool) -> None:
@@ -429,8 +434,7 @@ class Player:  # lets the model sample, makes its calls, shows it what they answ
 
 
 def encode_task(dialogue: Dialogue, begin: partial, row: dict, max_tokens: int, cache_key: str = "") -> dict:
-    environment = begin()
-    messages = read_messages(environment.reset(row))
+    messages = read_messages((environment := begin()).reset(row))
     ids, bare_ids = dialogue.prompt(messages, environment.tools), dialogue.prompt(messages, [])
     assert len(ids) <= max_tokens, f"a prompt of more than {max_tokens} tokens with its tools (--max-prompt-tokens)"
     return {"ids": ids, "bare_ids": bare_ids, "row": json.dumps(row, default=str), "prompt": repr(messages)}
@@ -445,11 +449,11 @@ def evaluate_agent(player: Player, tasks, run: "Run", rank: int, world: int, ste
     for name, how in kinds.items():  # the last of these is what the rest describes
         groups = player.play(mine, list(places), *how)
         played = [t for group in groups for t in group]
-        means.add(f"eval/{name}", [t.environment.reward(t) for t in played])
+        means.add(f"eval/{name}", [t.reward for t in played])
     means.add("eval/tool_use_rate", [any(not call.error for calls in t.turns for call in calls) for t in played])
     means.add("eval/completion_length", [sum(t.lengths) for t in played])
     for task, (t, *_) in zip(mine, groups):
-        about = {"reward": t.environment.reward(t), "gold": json.loads(task["row"]).get("answer")}
+        about = {"reward": t.reward, "gold": json.loads(task["row"]).get("answer")}
         about |= {"prompt": tokenizer.decode(task["ids"]), "completion": tokenizer.decode(t.ids[t.prompt_length :])}
         samples.append(about)
     if rank == 0:
@@ -473,14 +477,9 @@ def group_advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
     return advantages.masked_fill(all_equal, 0.0)  # detail 1
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, surrogate: str, clip_low: float, clip_high: float):
-    """Token losses and ratios [B, T]. logprobs, old_logprobs, mask [B, T]; advantages [B, 1]."""
-    log_ratio = (logprobs - old_logprobs) * mask
-    if surrogate == "gspo":  # the geometric mean over the completion, clipped once per sequence
-        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logprobs)
-    ratio = log_ratio.exp()
-    if surrogate == "cispo":  # the ratio is a constant weight of the gradient of log π: no token loses its gradient
-        return -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs, ratio.detach()
+def clipped_loss(logprobs, old_logprobs, advantages, mask, clip_low: float, clip_high: float):
+    """Losses and ratios of actions [B, A]. All but the bounds are [B, A]."""
+    ratio = ((logprobs - old_logprobs) * mask).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages), ratio.detach()  # detail 6
 
@@ -507,16 +506,16 @@ def assign_credit(rewards: torch.Tensor, credit: str, kind: str) -> torch.Tensor
 # ------------------------------------------------------------------------------------------------ main
 
 
-def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
+def main(args: Args, environment: type[Environment] | None = None) -> dict:
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % (args.minibatches * world) == 0, "--batch-size: a multiple of minibatches × processes"
     assert args.num_samples > 1, "--num-samples: a trajectory is compared with its siblings, so at least 2"
-    assert args.surrogate != "gspo" or args.aggregation == "sequence", "--surrogate gspo: --aggregation sequence only"
 
     tokenizer, budget = load_tokenizer(args.model, args.today), args.max_trajectory_tokens
     dialogue, tools = Dialogue(tokenizer, args.max_observation_tokens), Tools(args)
-    begin = partial(environment, [getattr(tools, name) for name in args.tools], args)
+    environment = environment or {"questions": ToolQuestions, "code": CodeTasks}[args.environment]
+    begin = partial(environment, [getattr(tools, name) for name in args.tools], args, tools.python)
     longest = min(args.max_prompt_tokens, context_length(args.model) - budget)
     key = repr(args) + Path(sys.modules[environment.__module__].__file__).read_text()  # of the cached tasks
     encode = partial(encode_task, dialogue, begin, max_tokens=longest, cache_key=key)
@@ -551,7 +550,7 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
         trajectories = [t for group in groups for t in group]
         for t, row in zip(trajectories, rewards.flatten(0, 1)):
             row[: len(t.turns)] = torch.tensor([t.environment.turn_reward(calls) for calls in t.turns])
-            row[len(t.turns) - 1] += t.environment.reward(t)
+            row[len(t.turns) - 1] += t.reward
         credit = assign_credit(rewards, args.credit, args.advantage).flatten(0, 1)  # [B, K]
 
         # The rollout as rows: B = tasks × G trajectories, each with its prompt. Columns are actions alone, at most A.
@@ -582,7 +581,7 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
                         old_logprobs[part] = logprobs_of(policy, part)[0]
 
         # Update.
-        rate, clip = learning_rate(step, args), (args.surrogate, args.clip_low, args.clip_high)
+        rate, clip = learning_rate(step, args), (args.clip_low, args.clip_high)
         for update, rows in enumerate(minibatches):
             tokens, sequences = total(mask[rows].sum(), device), args.batch_size // args.minibatches * args.num_samples
             for part, weight in split(rows):  # weight: 0 where a process only keeps step with the others, else 1
@@ -591,7 +590,7 @@ def main(args: Args, environment: type[Environment] = ToolQuestions) -> dict:
                     old_logprobs[part] = logprobs.detach()
                 old, acted = old_logprobs[part], mask[part] * weight  # detail 5
                 gap = old - sampler_logprobs[part]
-                losses, ratio = policy_loss(logprobs, old, advantages[part], acted, *clip)
+                losses, ratio = clipped_loss(logprobs, old, advantages[part], acted, *clip)
                 if args.importance_cap:
                     losses = losses * gap.exp().clamp(max=args.importance_cap)
                 means.add("loss/policy", losses, acted)

@@ -690,6 +690,25 @@ def is_correct(text: str, gold: str | list[str]) -> bool:
     return answer is not None and any(_is_same(answer, g) for g in golds)
 
 
+def is_right(text: str, golds: list[str]) -> bool:
+    """Whether the final answer of `text` is one of `golds`: as a number where it is one, else as SQuAD compares texts,
+    without case, emphasis, punctuation and articles. Signs with a meaning (C++, 2*3, -) and letters of choices stay."""
+
+    def plain(answer: str) -> str:
+        text = re.sub(r"(?<!\w)(\*{1,2})(\S.*?)\1(?!\w)", r"\2", answer.casefold())
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[.,:](?!\d)|[!?;\"'`´‘’“”„…&$€£]", "", text)
+        brackets = r"|[()\[\]{}]|(?<=[^\W\d]{2})-(?=[^\W\d]{2})" * (not re.search(r"\d", text))
+        text = re.sub(r"\bthe\s+(?=\S)|\ban?\s+(?=[^\W\d]{2})" + brackets, "", text)  # `A` is a choice, `A B` are two
+        return " ".join(re.sub(r"\s*([-+*/=<>^])\s*", r"\1", text).split()) or answer.strip()
+
+    answers, said = [final_answer(text)], text.rpartition("</think>")[2]
+    if not re.search(r"</answer>|\\boxed", said):  # then a sentence may say it, in full
+        answers += re.findall(r"(?i)\banswer\b(?:[^.:\n]*?\b(?:is|be)\b:?|:)\s*(.+)", said)[-1:]
+    golds = [final_answer(gold) if "####" in gold or "\\boxed" in gold else gold for gold in golds]
+    is_number = is_correct(text, [gold for gold in golds if re.search(r"\d", gold)])
+    return is_number or answers[0] is not None and not {*map(plain, golds)}.isdisjoint(map(plain, answers))
+
+
 def sample_answers(sampler, tokenizer, questions, sampling: tuple, rank: int, world: int, greedy: bool = False) -> dict:
     """Completions of this process's share of the questions: by the question's index, its row, completions and texts, a
     greedy one last if wanted. `sampling`: budget in tokens, samples a question, temperature, seed."""
