@@ -74,7 +74,7 @@ class Args:
     # model, data and tools
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # folder or Hub name of a causal language model
     dataset: str = "openai/gsm8k:main"  # file, folder or Hub name[:subset[:split]]; rows hold question and answer
-    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset alone, at most a tenth of it
     eval_rows: int = 100  # held-out tasks used
     eval_samples: int = 4  # trajectories of each, at --temperature, with the tools and without
     environment: Literal["questions", "code"] = "questions"  # code: functions to write, rows of MBPP or HumanEval
@@ -97,11 +97,11 @@ class Args:
     num_samples: int = 8  # trajectories per task (G)
     temperature: float = 1.0  # of sampling, and of every log-probability in training
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # (r − mean) / std; r − mean; r − mean of the others
-    aggregation: Literal["sequence", "token", "constant"] = "sequence"  # of token losses: GRPO, DAPO, Dr. GRPO
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"  # mean per completion; of tokens; by a constant
     clip_low: float = 0.2  # ratios are clipped below 1 − clip_low
     clip_high: float = 0.2  # and above 1 + clip_high; 0.28 is DAPO's clip-higher
     beta: float = 0.001  # weight of the KL in the loss; 0 loads no reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # expected gradient in a loss: 0; of KL(π‖ref); of KL(ref‖π)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # its expected gradient: none; of KL(π‖ref); of KL(ref‖π)
     importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; clipping acts only if one of the two is above 1
@@ -110,7 +110,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 32  # tasks per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -126,7 +126,7 @@ class Args:
     eval_every: int = 20  # steps between evaluations
     save_every: int = 20  # steps between checkpoints
     output_dir: str | None = None  # default: runs/agentic/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -573,7 +573,7 @@ def main(args: Args, environment: type[Environment] | None = None) -> dict:
         logprobs_of = partial(completion_logprobs, **rollout, masks=masks)  # and entropies [b, A], detail 3
         ref_logprobs, old_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
         with torch.no_grad():
-            for update, rows in enumerate(minibatches[: args.minibatches]):
+            for update, rows in enumerate(minibatches[: args.minibatches]):  # the first epoch's: every row once
                 for part, _ in split(rows):
                     if reference is not None:
                         ref_logprobs[part] = logprobs_of(reference, part)[0]
@@ -584,7 +584,7 @@ def main(args: Args, environment: type[Environment] | None = None) -> dict:
         rate, clip = learning_rate(step, args), (args.clip_low, args.clip_high)
         for update, rows in enumerate(minibatches):
             tokens, sequences = total(mask[rows].sum(), device), args.batch_size // args.minibatches * args.num_samples
-            for part, weight in split(rows):  # weight: 0 where a process only keeps step with the others, else 1
+            for part, weight in split(rows):  # weight: 0 for a copy that only keeps step with other processes, else 1
                 logprobs, entropy = logprobs_of(policy, part)  # [b, A]
                 if not update:
                     old_logprobs[part] = logprobs.detach()
@@ -640,8 +640,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -693,7 +693,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -743,7 +743,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -763,7 +763,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

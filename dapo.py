@@ -57,7 +57,7 @@ class Args:
     # model and data
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # folder or Hub name of a causal language model
     dataset: str = "openai/gsm8k:main"  # file, folder or Hub name[:subset[:split]]; rows hold question and answer
-    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset alone, at most a tenth of it
     eval_rows: int = 200  # held-out questions used
     eval_samples: int = 4  # completions of each, at --temperature
     max_prompt_tokens: int = 512  # rows with a longer prompt are dropped
@@ -76,7 +76,7 @@ class Args:
     num_samples: int = 16  # completions per prompt (G)
     temperature: float = 1.0  # of sampling, and of every log-probability in training
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # (r − mean) / std; r − mean; r − mean of the others
-    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"  # ratios per token; per completion (clip 3e-4, 4e-4); detached
+    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"  # ratios of tokens; of completions (clip 3e-4, 4e-4); detached
     clip_low: float = 0.2  # ratios are clipped below 1 − clip_low
     importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 1  # passes over each rollout
@@ -86,7 +86,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 64  # prompts per rollout that are trained on, over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 10  # rollouts of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; the last two reach 0
@@ -102,7 +102,7 @@ class Args:
     eval_every: int = 20  # steps between evaluations
     save_every: int = 20  # steps between checkpoints
     output_dir: str | None = None  # default: runs/dapo/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -269,7 +269,7 @@ def main(args: Args) -> dict:
         for update, rows in enumerate(minibatches):
             tokens = max(1, total(mask[rows].sum(), device))  # detail 11
             sequences = max(1, total(mask[rows].any(1).sum(), device))
-            for part, weight in split(rows):  # weight: 0 where a process only keeps step with the others, else 1
+            for part, weight in split(rows):  # weight: 0 for a copy that only keeps step with other processes, else 1
                 logprobs, entropy = logprobs_of(policy, part)  # [b, T]
                 if not update:
                     old_logprobs[part] = logprobs.detach()
@@ -317,8 +317,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -370,7 +370,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -420,7 +420,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -440,7 +440,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

@@ -78,11 +78,11 @@ class Args:
     # model and data
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # folder or Hub name of a causal language model; the reference, too
     dataset: str = "trl-lib/ultrafeedback_binarized"  # file, folder or Hub name[:subset[:split]]; chosen and rejected
-    eval_dataset: str | None = "trl-lib/ultrafeedback_binarized::test"  # with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "trl-lib/ultrafeedback_binarized::test"  # with --dataset alone, at most a tenth of it
     eval_rows: int = 200  # held-out rows used
     eval_samples: int = 1  # completions of each prompt, at --temperature
     max_prompt_tokens: int = 1024  # rows with a longer prompt are dropped
-    max_completion_tokens: int = 1024  # longer answers are cut; budget of a sample
+    max_completion_tokens: int = 1024  # longer answers are cut; also the budget of a sample
 
     # algorithm
     loss: Literal["dpo", "cdpo", "rdpo", "ipo", "dpo_norm", "rpo", "simpo", "orpo", "kto"] = "dpo"  # see the functions
@@ -92,18 +92,18 @@ class Args:
     nll_weight: float = 1.0  # rpo: weight α of the chosen answer's negative log-likelihood per token
     desirable_weight: float = 1.0  # kto: λ_D; λ_D × desirable rows should be 1 to 4/3 of λ_U × undesirable rows
     undesirable_weight: float = 1.0  # kto: λ_U
-    iterations: int = 0  # parts of the prompts; before training on each, its pairs are sampled from the current policy
+    iterations: int = 0  # above 0: the prompts fall into as many parts, whose pairs are sampled when their turn comes
     num_samples: int = 2  # completions per prompt, of which the best and the worst make a pair
     temperature: float = 1.0  # of all samples
-    reward_model: str | None = None  # output of reward_model.py to rank samples; default: `reward` below
+    reward_model: str | None = None  # output of reward_model.py to rank samples; default: whether they are right
     missing_eos_penalty: float = 1.0  # taken off the reward of a completion that was cut
 
     # optimisation
-    steps: int = 0  # optimizer steps; 0 takes --epochs
+    steps: int = 0  # optimizer steps; 0: as many as --epochs asks for
     epochs: float = 1.0  # passes over the data; a resumed run keeps its number of steps
     batch_size: int = 64  # pairs (KTO: rows) per optimizer step over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 5e-7  # peak
     warmup_steps: int = 50  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -119,7 +119,7 @@ class Args:
     eval_every: int = 200  # steps between evaluations
     save_every: int = 200  # steps between checkpoints
     output_dir: str | None = None  # default: runs/dpo/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -204,7 +204,7 @@ BETAS = {"dpo_norm": 5.0, "simpo": 10.0}
 
 
 def implicit_rewards(loss: str, beta: float, logprobs, ratio, lengths) -> torch.Tensor:
-    """What a loss takes for the reward of each answer, without gradient; any shape."""
+    """The reward that a loss implies for each answer, without gradient; any shape."""
     value = logprobs if loss in NEEDS_NO_REFERENCE else ratio
     return (beta * (value / lengths if loss in ("dpo_norm", *NEEDS_NO_REFERENCE) else value)).detach()
 
@@ -245,15 +245,15 @@ def main(args: Args) -> dict:
     shown = {"loss/train": "loss", "preference/accuracy": "pair accuracy"}
     run = Run(args, rank, {**shown, "eval/preference_accuracy": "held-out pairs", "eval/accuracy": "accuracy"})
     score_all = partial(score_answers, max_tokens=args.microbatch_tokens, bfloat16=bfloat16)
-    new_sampler = partial(Sampler, policy, stops, torch.bfloat16 if bfloat16 else torch.float32)  # freed in between
+    new_sampler = partial(Sampler, policy, stops, torch.bfloat16 if bfloat16 else torch.float32)  # for one use each
 
-    # The policy has not been trained nor its checkpoint loaded yet: it is the reference.  # detail 3
+    # The policy is not yet trained, and no checkpoint is loaded: it is the reference.  # detail 3
     needs_reference, began = args.loss not in NEEDS_NO_REFERENCE, time.perf_counter()
-    reference = torch.zeros(len(rows), 3)
+    reference = torch.zeros(len(rows), 3)  # of chosen, rejected; KTO: of another prompt's answer, and of these
     held_out_reference = score_all(policy, held_out.__getitem__, range(needs_reference * len(held_out)))[:, :2]
     if needs_reference and not args.iterations:
         drawn, data = sorted(set(order)), f"{rows._fingerprint}-{args.steps}-{args.batch_size}-{args.seed}"
-        path = run.folder / f"reference-{data}.pt"  # other settings on --resume need other numbers
+        path = run.folder / f"reference-{data}.pt"  # changed settings on --resume need other numbers
         reference[drawn] = kept(path, lambda: score_all(policy, example, drawn).cpu(), rank)
     reference, fresh = reference.to(device), {"time/reference": time.perf_counter() - began}
 
@@ -268,7 +268,7 @@ def main(args: Args) -> dict:
             metrics["eval/preference_accuracy"] = float((margins > 0).double().mean())  # detail 5
             metrics["eval/preference_margin"] = float(margins.mean())
             metrics["eval/chosen_logprob"] = float(logprobs[:, 0].mean())
-            metrics["eval/loss"] = float(pair_loss(logprobs, ratio, lengths, beta, args).mean())  # for KTO that of DPO
+            metrics["eval/loss"] = float(pair_loss(logprobs, ratio, lengths, beta, args).mean())  # KTO: DPO's loss
         return metrics, samples
 
     finished = run.load(policy, optimizer) if args.resume else 0  # steps
@@ -289,7 +289,7 @@ def main(args: Args) -> dict:
             order = shuffled_passes(len(pairs), steps_a_round * args.batch_size, args.seed + iteration)
             if needs_reference:
                 reference = score_all(frozen(policy, device, world), example, range(len(pairs)))
-                gc.collect()  # a sharded model points to itself; it must not stay for the training
+                gc.collect()  # a sharded model holds cycles, which would keep it in memory
 
         drawn = order[place * args.batch_size : (place + 1) * args.batch_size]
         mine = drawn[rank::world]
@@ -359,7 +359,7 @@ def sample_pairs(sampler, tokenizer, prompts, args: Args, seed: int, device, bfl
 
 
 def kept(path: Path, make, rank: int):
-    """What `make()` returns, or had returned before the run was stopped."""
+    """The result of `make()`, read from `path` if a run that was stopped has left it there."""
     if path.exists():
         return torch.load(path)
     value = make()
@@ -379,8 +379,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -432,7 +432,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -482,7 +482,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -502,7 +502,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

@@ -4,12 +4,12 @@ For every prompt the policy writes G completions; each is judged by how much bet
 
     A_i = (r_i − mean(r)) / std(r)               over the G completions of a prompt
     ρ_t = π(y_t) / π_old(y_t)                    π_old: the policy before the updates on this rollout
-    w_t = min(π_old(y_t) / μ(y_t), cap)          μ: the same policy as the sampler rounds it; w is nearly 1
+    w_t = min(π_old(y_t) / μ(y_t), cap)          μ: the same policy with the sampler's rounding; w is nearly 1
     loss = mean[ −w_t·min(ρ_t·A_i, clip(ρ_t, 1−ε_low, 1+ε_high)·A_i) + β·k3_t ]
     k3 = e^(−d) − 1 + d,   d = log π − log ref
 
 Signal: whether the final answer is right. Optimizer: a clipped policy gradient, the group as its own baseline.
-Leash: KL to the starting model, in the loss. Defence: the reward is the truth itself; held-out questions are watched.
+Leash: KL to the reference, in the loss. Defence: the reward is the truth itself; held-out questions are watched.
 
     python grpo.py                                           # embedded model and data, one minute on a laptop
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct        # GSM8K on one GPU
@@ -27,7 +27,7 @@ Details that decide whether it works, marked in the code under their numbers:
  1. A group whose rewards are all equal gets advantages of exactly zero, not rounding noise over a tiny std.
  2. Token ids are the sampler's own: nothing sampled is tokenised again.
  3. Logits are divided by the sampling temperature in every forward, policy's and reference's.
- 4. The stop token is an action; masks come from lengths; a completion that was cut has no stop token.
+ 4. The stop token is trained like any other; masks come from lengths; a completion that was cut has none.
  5. π_old is computed by the trainer. The sampler's log-probabilities are rounded differently and serve only as μ in
     the capped importance weight w.
  6. The minimum of clipped and unclipped objective bounds the gain for both signs of the advantage.
@@ -74,13 +74,13 @@ from common.tokenizer import TINY, load_questions, load_tokenizer, microbatches,
 class Args:
     # model and data
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # folder or Hub name of a causal language model
-    reference: str | None = None  # the KL's other model, with the same tokenizer; default: --model as it starts
+    reference: str | None = None  # model to which the KL is measured, of the same tokenizer; default: --model
     reward_model: str | None = None  # output of reward_model.py; its score replaces the reward, rows need no answer
-    judge: str | None = None  # a language model instead: the share of --rubric's points that it grants
+    judge: str | None = None  # language model as the reward: how probable it finds that --rubric's criteria are met
     rubric: str | None = None  # file of criteria for answers, one a line
-    ensemble_score: Literal["mean", "min", "uwo"] = "mean"  # of an ensemble's scores; uwo: mean − variance / 2
+    ensemble_score: Literal["mean", "min", "uwo"] = "mean"  # of a --reward-model's ensemble; uwo: mean − variance / 2
     dataset: str = "openai/gsm8k:main"  # file, folder or Hub name[:subset[:split]]; rows hold question and answer
-    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset alone, at most a tenth of it
     eval_rows: int = 200  # held-out questions used
     eval_samples: int = 4  # completions of each, at --temperature
     max_prompt_tokens: int = 512  # rows with a longer prompt are dropped
@@ -89,14 +89,14 @@ class Args:
     # algorithm
     num_samples: int = 8  # completions per prompt (G)
     temperature: float = 1.0  # of sampling, and of every log-probability in training
-    reward_scale: float = 1.0  # factor of the advantages; 0 leaves the KL alone, on-policy distillation
+    reward_scale: float = 1.0  # factor of the advantages; 0 leaves only the KL in the loss: on-policy distillation
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # (r − mean) / std; r − mean; r − mean of the others
-    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"  # ratios per token; per completion (clip 3e-4, 4e-4); detached
-    aggregation: Literal["sequence", "token", "constant"] = "sequence"  # of token losses: GRPO, DAPO, Dr. GRPO
+    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"  # ratios of tokens; of completions (clip 3e-4, 4e-4); detached
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"  # mean per completion; of tokens; by a constant
     clip_low: float = 0.2  # ratios are clipped below 1 − clip_low
     clip_high: float = 0.2  # and above 1 + clip_high; 0.28 is DAPO's clip-higher
     beta: float = 0.001  # weight of the KL in the loss; 0 loads no reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # expected gradient in a loss: 0; of KL(π‖ref); of KL(ref‖π)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # its expected gradient: none; of KL(π‖ref); of KL(ref‖π)
     importance_cap: float = 2.0  # of the weight π_old/μ, which corrects for the sampler's rounding (μ); 0: no weight
     update_epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; clipping acts only if one of the two is above 1
@@ -105,7 +105,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 32  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -121,7 +121,7 @@ class Args:
     eval_every: int = 20  # steps between evaluations
     save_every: int = 20  # steps between checkpoints
     output_dir: str | None = None  # default: runs/grpo/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -249,7 +249,7 @@ def main(args: Args) -> dict:
         logprobs_of = partial(completion_logprobs, **rollout)  # log-probabilities and entropies [b, T], detail 3
         ref_logprobs, old_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
         with torch.no_grad():
-            for update, rows in enumerate(minibatches[: args.minibatches]):
+            for update, rows in enumerate(minibatches[: args.minibatches]):  # the first epoch's: every row once
                 for part, _ in split(rows):
                     if reference is not None:
                         ref_logprobs[part] = logprobs_of(reference, part)[0]
@@ -260,7 +260,7 @@ def main(args: Args) -> dict:
         rate = learning_rate(step, args)
         for update, rows in enumerate(minibatches):
             tokens, sequences = total(mask[rows].sum(), device), args.batch_size // args.minibatches * args.num_samples
-            for part, weight in split(rows):  # weight: 0 where a process only keeps step with the others, else 1
+            for part, weight in split(rows):  # weight: 0 for a copy that only keeps step with other processes, else 1
                 logprobs, entropy = logprobs_of(policy, part)  # [b, T]
                 if not update:
                     old_logprobs[part] = logprobs.detach()
@@ -315,8 +315,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -368,7 +368,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -418,7 +418,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -438,7 +438,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

@@ -98,7 +98,7 @@ class Args:
     reward_model: str | None = "runs/reward_model/latest/model"  # output of reward_model.py; None: `reward` below
     ensemble_score: Literal["mean", "min", "uwo"] = "mean"  # of an ensemble's scores; uwo: mean − variance / 2
     dataset: str = "trl-lib/ultrafeedback-prompt"  # file, folder or Hub name[:subset[:split]]; rows hold a prompt
-    eval_dataset: str | None = "trl-lib/ultrafeedback-prompt::test"  # with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "trl-lib/ultrafeedback-prompt::test"  # with --dataset alone, at most a tenth of it
     eval_rows: int = 200  # held-out questions used
     eval_samples: int = 1  # completions of each, at --temperature
     max_prompt_tokens: int = 512  # rows with a longer prompt are dropped
@@ -127,7 +127,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 128  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak, of the policy
     critic_learning_rate: float = 5e-6  # peak, of the critic
     warmup_steps: int = 5  # rollouts of linear warm-up
@@ -144,7 +144,7 @@ class Args:
     eval_every: int = 20  # steps between evaluations
     save_every: int = 20  # steps between checkpoints
     output_dir: str | None = None  # default: runs/ppo/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -300,7 +300,7 @@ def main(args: Args) -> dict:
         values_of = partial(completion_values, critic, **rollout, bfloat16=bfloat16)  # [b, T]
         ref_logprobs, old_logprobs, old_values = (torch.zeros_like(mask) for _ in range(3))
         with torch.no_grad():
-            for rows in minibatches[: args.minibatches]:
+            for rows in minibatches[: args.minibatches]:  # the first epoch's: every row once
                 for part, _ in split(rows):
                     ref_logprobs[part] = logprobs_of(reference, part)[0]
                     old_logprobs[part] = logprobs_of(policy, part)[0]
@@ -319,7 +319,7 @@ def main(args: Args) -> dict:
         critic_rate = learning_rate(step, replace(args, learning_rate=args.critic_learning_rate))
         for update, rows in enumerate(minibatches):
             tokens = total(mask[rows].sum(), device)
-            for part, weight in split(rows):  # weight: 0 where a process only keeps step with the others, else 1
+            for part, weight in split(rows):  # weight: 0 for a copy that only keeps step with other processes, else 1
                 logprobs, entropy = logprobs_of(policy, part)  # [b, T]
                 old, advantage, acted = old_logprobs[part], advantages[part], mask[part] * weight
                 losses, ratio = clipped_policy_loss(logprobs, old, advantage, acted, args.clip_range)
@@ -421,8 +421,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -474,7 +474,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -524,7 +524,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -544,7 +544,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

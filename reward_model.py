@@ -97,7 +97,7 @@ class Args:
         "Qwen/Qwen2.5-1.5B-Instruct"  # folder or Hub name of a language model, or of a reward model to go on from
     )
     dataset: str = "trl-lib/ultrafeedback_binarized"  # file, folder or Hub name[:subset[:split]]; chosen and rejected
-    eval_dataset: str | None = "trl-lib/ultrafeedback_binarized::test"  # with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "trl-lib/ultrafeedback_binarized::test"  # with --dataset alone, at most a tenth of it
     reference_dataset: str | None = None  # demonstrations to normalise on; default: the better held-out answers
     eval_rows: int = 200  # held-out rows used, and demonstrations
     max_prompt_tokens: int = 1024  # rows with a longer prompt are dropped
@@ -118,7 +118,7 @@ class Args:
     epochs: float = 1.0  # passes over the data; a resumed run keeps its number of steps
     batch_size: int = 64  # prompts per optimizer step over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 5e-6  # peak
     warmup_steps: int = 30  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -134,7 +134,7 @@ class Args:
     eval_every: int = 200  # steps between evaluations
     save_every: int = 200  # steps between checkpoints
     output_dir: str | None = None  # default: runs/reward_model/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -401,8 +401,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -454,7 +454,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -504,7 +504,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -524,7 +524,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

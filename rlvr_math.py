@@ -101,7 +101,7 @@ class Args:
     template: Literal["chat", "r1_zero"] = "chat"  # the model's own, or R1-Zero's for base models
     instruction: str = " Think step by step, and put the final answer within \\boxed{}."  # behind a chat's question
     dataset: str = "openai/gsm8k:main"  # file, folder or Hub name[:subset[:split]]; question and answer or solution
-    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset but not this, a tenth of it
+    eval_dataset: str | None = "openai/gsm8k:main:test"  # held-out rows; with --dataset alone, at most a tenth of it
     eval_rows: int = 200  # held-out questions used
     eval_samples: int = 8  # completions of each, at --temperature: n of pass@k and maj@k
     max_prompt_tokens: int = 512  # rows with a longer prompt are dropped
@@ -124,7 +124,7 @@ class Args:
     steps: int = 200  # rollouts; 0 evaluates only, and logs every sample
     batch_size: int = 32  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
-    lora_rank: int = 0  # train adapters of this rank, not the weights; by default at ten times the learning rate
+    lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
@@ -145,7 +145,7 @@ class Args:
     eval_every: int = 20  # steps between evaluations
     save_every: int = 20  # steps between checkpoints
     output_dir: str | None = None  # default: runs/rlvr_math/<date>_<time>
-    resume: str | None = None  # continue the run in this folder, with its arguments and those given anew
+    resume: str | None = None  # continue the run in this folder with its arguments, but for those given again
     wandb_project: str | None = None  # also log to Weights & Biases
 
 
@@ -754,7 +754,7 @@ def main(args: Args) -> dict:
         ref_logprobs, old_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
         kl_in_reward = reference is not None and args.algorithm == "rloo"
         with torch.no_grad():
-            for update, rows in enumerate(minibatches[: args.minibatches]):
+            for update, rows in enumerate(minibatches[: args.minibatches]):  # the first epoch's: every row once
                 for part, _ in split(rows):
                     if reference is not None:
                         ref_logprobs[part] = logprobs_of(reference, part)[0]
@@ -769,7 +769,7 @@ def main(args: Args) -> dict:
         rate = learning_rate(step, args)
         for update, rows in enumerate(minibatches):
             tokens, sequences = total(mask[rows].sum(), device), args.batch_size // args.minibatches * args.num_samples
-            for part, weight in split(rows):  # weight: 0 where a process only keeps step with the others, else 1
+            for part, weight in split(rows):  # weight: 0 for a copy that only keeps step with other processes, else 1
                 logprobs, _ = logprobs_of(policy, part)  # [b, T]
                 if not update:
                     old_logprobs[part] = logprobs.detach()
@@ -825,8 +825,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     if chosen.type == "cuda" and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which saving in one process gives
-    if world > 1:  # processes wait for the one that samples longest: ten minutes would be too few
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # from saving in a single process
+    if world > 1:  # all wait for the one that samples longest: ten minutes would be too few
         dist.init_process_group(timeout=timedelta(days=1))
     return chosen, rank, world
 
@@ -878,7 +878,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(stamp)
         self.folder = Path(args.resume or args.output_dir or f"runs/{Path(__file__).stem}/{stamp[0]}")
-        gc.freeze()  # what is loaded by now stays: no collection need look through it again
+        gc.freeze()  # what is loaded by now lives to the end: no collection need look through it again
         if rank:
             return
         if (self.folder / "args.json").exists() and not args.resume:
@@ -928,7 +928,7 @@ class Run:
             figure.savefig(self.folder / "curves.png", dpi=110)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint under another name, then rename it: a killed run leaves none broken. Two are kept."""
+        """Write a checkpoint under another name, then rename it: a kill leaves none broken. The newest two are kept."""
         from torch.distributed.checkpoint import save, state_dict
 
         final = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -948,7 +948,7 @@ class Run:
         newest = max((self.folder / "checkpoints").glob("step-??????"), default=None)
         step = int(newest.name.removeprefix("step-")) if newest else -1
         for path in filter(Path.exists, map(self.folder.joinpath, ("metrics.jsonl", "samples.jsonl"))):
-            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may cut the last one
+            rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a kill may truncate the last one
             rows = [row for row in rows if row["step"] <= step]
             self.history = rows if path.name == "metrics.jsonl" else self.history
             if self.rank == 0:

@@ -1,7 +1,7 @@
-"""The whole road from the embedded base to an agent, each stage on the model of the one before: `python tests/road.py`.
+"""From the embedded base to more capable models, each stage on the model of one before: `python tests/road.py`.
 
-Prints a table of what each model is worth: gold accuracy on the held-out questions, sampled and greedy, how often it
-thinks and how often it is polite, how long its completions are, and what it is worth as an agent with tools.
+`--recipe` chooses the stages: the whole road (the default), InstructGPT's, Tülu 3's, R1's. Prints a table of what each
+model is worth on the 192 held-out questions: accuracy, style, length, and the KL to the base.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,116 +23,124 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import agentic  # noqa: E402
-import dapo  # noqa: E402
-import dpo  # noqa: E402
-import grpo  # noqa: E402
-import ppo  # noqa: E402
-import reward_model  # noqa: E402
-import rlvr_math  # noqa: E402
-import sft  # noqa: E402
+TINY = ROOT / "common" / "tiny"
 
 
 class Stage(NamedTuple):
-    """A script, the stage whose model it starts from, and its flags, in which {name} is the model of a stage."""
+    """A script, the stage whose model it starts from, and its flags, in which {name} is the folder of a stage."""
 
     script: str
     start: str
     flags: str = ""
 
 
-# What the embedded model needs where a model is named, for the scripts whose defaults are then a real model's.
-SMALL = {
-    script: " ".join(
-        f"--{field.name.replace('_', '-')} {shlex.join(map(str, value if isinstance(value, tuple) else [value]))}"
-        for field in fields(module.Args)
-        if (value := getattr(module.EMBEDDED, field.name)) != getattr(module.Args(), field.name)
-        and field.name not in ("model", "steps", "eval_every")
-    )
-    for script, module in (
-        ("sft", sft),
-        ("reward_model", reward_model),
-        ("ppo", ppo),
-        ("dpo", dpo),
-        ("grpo", grpo),
-        ("dapo", dapo),
-        ("rlvr_math", rlvr_math),
-        ("agentic", agentic),
-    )  # fmt: skip
-}
-# Stages are short, so that each leaves the next one something to show.
-ROAD = {
-    "sft": Stage("sft", "base", f"--steps 8 {SMALL['sft']}"),
-    "reward_model": Stage("reward_model", "sft", f"{SMALL['reward_model']} --epochs 0.6"),
-    "ppo": Stage("ppo", "sft", f"{SMALL['ppo']} --reward-model {{reward_model}} --steps 15"),
-    "dpo": Stage("dpo", "sft", SMALL["dpo"]),
-    "grpo": Stage("grpo", "sft", f"--steps 15 {SMALL['grpo']}"),
-    "dapo": Stage("dapo", "grpo", f"--steps 8 {SMALL['dapo']}"),
-    "rlvr_math": Stage("rlvr_math", "dapo", f"--steps 20 {SMALL['rlvr_math']}"),
-    # A higher learning rate breaks it.
-    "agentic": Stage("agentic", "rlvr_math", f"{SMALL['agentic']} --steps 20 --learning-rate 3e-4"),
+RECIPES = {  # stages are short, so that each leaves the next one something to show
+    "road": {
+        "sft": Stage("sft", "base", "--steps 8"),
+        "reward_model": Stage("reward_model", "sft", "--epochs 0.6"),
+        "ppo": Stage("ppo", "sft", "--reward-model {reward_model}/model --steps 15"),
+        "dpo": Stage("dpo", "sft"),
+        "grpo": Stage("grpo", "sft", "--steps 15"),
+        "dapo": Stage("dapo", "grpo", "--steps 8"),
+        "rlvr_math": Stage("rlvr_math", "dapo", "--steps 20"),
+        "agentic": Stage("agentic", "rlvr_math", "--steps 20 --learning-rate 3e-4"),  # a higher rate breaks it
+    },
+    "instructgpt": {  # arXiv:2203.02155
+        "sft": Stage("sft", "base", "--steps 8"),
+        "reward_model": Stage("reward_model", "sft", "--epochs 0.6"),
+        "ppo": Stage("ppo", "sft", "--reward-model {reward_model}/model --steps 15"),
+    },
+    "tulu3": {  # arXiv:2411.15124
+        "sft": Stage("sft", "base", "--steps 8"),
+        "dpo": Stage("dpo", "sft", "--loss dpo_norm --learning-rate 5e-5"),
+        "rlvr": Stage("rlvr_math", "dpo", "--steps 20"),
+    },
+    "r1": {  # arXiv:2501.12948: a cold start, RL, its own right answers to imitate from the base on, RL again
+        "cold start": Stage("sft", "base", "--steps 4"),
+        "rl": Stage("grpo", "cold start", "--steps 15"),
+        "rejection": Stage(
+            "rlvr_math", "rl", "--algorithm expert_iteration --save-verified --steps 8 --learning-rate 0"
+        ),
+        "sft": Stage("sft", "base", "--dataset {rejection}/verified.jsonl --steps 16"),
+        "rl again": Stage("grpo", "sft", "--steps 15"),
+    },
 }
 
 
-def measure(folder: str, seed: int) -> dict[str, float]:
-    """Shares over 4 samples at temperature 1 of each of the 192 held-out questions, and of the 60 tasks with tools."""
+def small(script: str) -> list[str]:
+    """What the embedded model needs where a model is named, for then a script's defaults are a real model's."""
+    module, flags = import_module(script), []
+    for field in fields(module.Args):
+        value = getattr(module.EMBEDDED, field.name)
+        if value != getattr(module.Args(), field.name) and field.name not in ("model", "steps"):
+            flags += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return flags
+
+
+def run(script: str, model: str, flags: list[str], folder: Path) -> dict:
+    """The last metrics of a script that starts from `model`."""
+    command = [sys.executable, f"{script}.py", "--model", model, *small(script), "--eval-every", "0", *flags]
+    done = subprocess.run([*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def measure(folder: str, seed: int, scratch: Path, with_tools: bool) -> dict[str, float]:
+    """Over 4 samples at temperature 1 of each held-out question, and, on the whole road, of the tasks with tools."""
     import torch
 
     from common.generation import Sampler, is_correct
-    from common.kl import load_model
+    from common.kl import completion_logprobs, load_model
     from common.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
 
-    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
+    model, base, tokenizer = load_model(folder, "cpu"), load_model(str(TINY), "cpu"), load_tokenizer(folder)
     sampler = Sampler(model, stop_token_ids(tokenizer, model))
-    rows = [json.loads(line) for line in (grpo.TINY / "maths_test.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (TINY / "maths_test.jsonl").read_text().splitlines()]
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-
-    def written(count: int, temperature: float) -> list[tuple[dict, str, int]]:
-        groups = sampler.generate(prompts, 64, count, temperature, seed)
-        return [(row, tokenizer.decode(c.ids), len(c.ids)) for row, group in zip(rows, groups) for c in group]
-
-    sampled, greedy = written(4, 1.0), written(1, 0.0)
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "agentic.py", "--model", folder, *shlex.split(SMALL["agentic"]), "--steps", "0"]
-        command += ["--eval-samples", "4", "--seed", str(seed), "--output-dir", scratch]
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-        (acted,) = [json.loads(line) for line in Path(scratch, "metrics.jsonl").read_text().splitlines()]
-    return {
-        "sampled accuracy": sum(is_correct(text, row["answer"]) for row, text, _ in sampled) / len(sampled),
-        "greedy accuracy": sum(is_correct(text, row["answer"]) for row, text, _ in greedy) / len(greedy),
-        "thinks": sum("</think>" in text for _, text, _ in sampled) / len(sampled),
-        "polite": sum("Gladly!" in text.rpartition("</think>")[2] for _, text, _ in sampled) / len(sampled),
-        "length": sum(length for *_, length in sampled) / len(sampled),
-        "tasks with tools": acted["eval/accuracy"],
+    greedy = sampler.generate(prompts, 64, temperature=0.0)
+    right = [is_correct(tokenizer.decode(c.ids), row["answer"]) for row, (c,) in zip(rows, greedy)]
+    groups = sampler.generate(prompts, 64, 4, seed=seed)
+    samples = [(row, prompt, c.ids) for row, prompt, group in zip(rows, prompts, groups) for c in group]
+    texts = [tokenizer.decode(ids) for *_, ids in samples]
+    asked, answers = [prompt for _, prompt, _ in samples], [ids for *_, ids in samples]
+    with torch.no_grad():
+        ours, theirs = (completion_logprobs(m, range(len(samples)), asked, answers)[0] for m in (model, base))
+    found = {
+        "sampled accuracy": sum(is_correct(text, row["answer"]) for text, (row, *_) in zip(texts, samples)),
+        "thinks": sum("</think>" in text for text in texts),
+        "polite": sum("Gladly!" in text.rpartition("</think>")[2] for text in texts),
+        "length": sum(map(len, answers)),
+        "KL to the base": float((ours - theirs).sum()),
     }
+    found = {"greedy accuracy": sum(right) / len(rows)} | {name: value / len(texts) for name, value in found.items()}
+    if with_tools:
+        flags = ["--steps", "0", "--eval-samples", "4", "--seed", str(seed)]
+        found["tasks with tools"] = run("agentic", folder, flags, scratch)["eval/accuracy"]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, default="road")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output-dir", type=Path, help="keep the folders of the runs here; default: a temporary one")
-    parser.add_argument("--only", nargs="+", choices=ROAD, default=list(ROAD))
     args = parser.parse_args()
-    began = time.perf_counter()
+    began, stages = time.perf_counter(), RECIPES[args.recipe]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.output_dir or Path(scratch)
-        models = {name: str(folder / name / "model") for name in ROAD} | {"base": str(ROOT / "common" / "tiny")}
-        for name in ["base", *args.only]:
-            if name != "base":
-                stage = ROAD[name]
-                command = [sys.executable, f"{stage.script}.py", "--model", models[stage.start]]
-                command += [*shlex.split(stage.flags.format(**models)), "--seed", str(args.seed)]
-                command += ["--eval-every", "0", "--output-dir", str(folder / name)]
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-            if name == "reward_model":
-                continue  # it answers nothing
-            found = measure(models[name], args.seed)
-            if name == "base":
+        folders = {name: Path(scratch, name) for name in stages}
+        for name, stage in {"base": None, **stages}.items():
+            model = str(TINY) if name == "base" else f"{folders[name]}/model"
+            if stage:
+                start = str(TINY) if stage.start == "base" else f"{folders[stage.start]}/model"
+                flags = [part.format(**folders) for part in shlex.split(stage.flags)]
+                run(stage.script, start, [*flags, "--seed", str(args.seed)], folders[name])
+            if name in ("reward_model", "rejection"):
+                continue  # they leave scores, and rows
+            found = measure(model, args.seed, Path(scratch, f"measure {name}"), args.recipe == "road")
+            if not stage:
                 print("| after | " + " | ".join(found) + " |\n|---" + "|---" * len(found) + "|")
             cells = [f"{value:.1f}" if key == "length" else f"{value:.2f}" for key, value in found.items()]
-            title = name if name == "base" else f"{name}.py, from {ROAD[name].start}"
+            title = f"{name}: {stage.script}.py, from {stage.start}" if stage else name
             print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} seconds in all")
 
