@@ -449,14 +449,17 @@ def test_agentic_detail_1_advantages_of_trajectories_and_turns():
 
 
 def test_agentic_detail_6_agentic_detail_7_the_mathematics_is_that_of_grpo():
-    for name in ("group_advantages", "policy_loss", "aggregate"):
+    for name in ("group_advantages", "aggregate"):
         assert inspect.getsource(getattr(agentic, name)) == inspect.getsource(getattr(grpo, name))
+    tensors = (torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 1), torch.ones(3, 5))
+    ours, theirs = agentic.clipped_loss(*tensors, 0.2, 0.3), grpo.policy_loss(*tensors, "ppo", 0.2, 0.3)
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_agentic_detail_3_agentic_detail_5_temperature_and_old_policy(tmp_path, monkeypatch):
     """Ratios are exactly 1 before the first update in bfloat16; sampler, policy and reference share the temperature."""
-    ratios, real = [], agentic.policy_loss
-    monkeypatch.setattr(agentic, "policy_loss", lambda *a: ratios.append(real(*a)) or ratios[-1])
+    ratios, real = [], agentic.clipped_loss
+    monkeypatch.setattr(agentic, "clipped_loss", lambda *a: ratios.append(real(*a)) or ratios[-1])
     small = {"steps": 1, "batch_size": 4, "num_samples": 4, "eval_rows": 2, "eval_samples": 1, "temperature": 0.6}
     row = agentic.main(replace(EMBEDDED, **small, output_dir=str(tmp_path / "float32")))
     assert row["policy/sampler_gap"] < 1e-6 and row["policy/kl"] == 0

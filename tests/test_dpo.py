@@ -282,7 +282,7 @@ def test_dpo_detail_5_ties_are_wrong(tmp_path):
 def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processes, label, tmp_path, monkeypatch, calls):
     """It is a mean over the rows of all processes, of which each trains on its share, and never below 0."""
     monkeypatch.setattr(dpo, "start_processes", lambda device: (CPU, 0, processes))
-    monkeypatch.setattr(dpo, "shard", lambda model, world: model)
+    monkeypatch.setattr(kl, "shard", lambda model, world: model)
     reference, clip, drifts = dpo.load_model(MODEL, CPU), dpo.clip_gradients, []
     losses, examples, orders = calls("kto_loss", "with_mismatches", "shuffled_passes")
 
@@ -340,9 +340,10 @@ def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer
     """Each part of the prompts is sampled once, also if the run is stopped; the first policy stays the reference, and
     no second model is alive while it trains."""
     sampled, asked, *trained = calls("sample_pairs", "load_questions", "answer_logprobs", "implicit_rewards")
-    loaded, alive, load, updates = [], [], dpo.load_model, iter([clip := dpo.clip_gradients, stop, *[clip] * 3])
+    loaded, alive, load, updates = [], [], kl.load_model, iter([clip := dpo.clip_gradients, stop, *[clip] * 3])
     count = lambda: alive.append(sum(model() is not None for model in loaded))  # noqa: E731
-    monkeypatch.setattr(dpo, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
+    for module in (dpo, kl):  # the policy, and the reference
+        monkeypatch.setattr(module, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
     monkeypatch.setattr(dpo, "clip_gradients", lambda *args: count() or next(updates)(*args))
     settings = {"iterations": 2, "num_samples": 4, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
     settings["dataset"] = str(first_rows("maths_train.jsonl", 12))

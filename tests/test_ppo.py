@@ -237,7 +237,7 @@ def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not
 
 
 def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
-    critic = ppo.load_critic(replace(ppo.EMBEDDED, critic="policy"), tokenizer, CPU)
+    critic = ppo.load_critic(replace(ppo.EMBEDDED, critic="policy"), tokenizer, CPU, False)
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(0))
     rows = [[30, 31, 32, 33], [30, 31, 99, 33]]
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
 
 
 def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, tokenizer):
-    critic = ppo.load_critic(replace(ppo.EMBEDDED, reward_model=scorer), tokenizer, CPU)
+    critic = ppo.load_critic(replace(ppo.EMBEDDED, reward_model=scorer), tokenizer, CPU, False)
     question = {"prompt": [{"role": "user", "content": "12+30=?"}]}
     texts = ["<answer>42</answer>", "<think>12+30: 42</think><answer>42</answer>", "no"]
     expected = RewardModel(scorer, CPU, False, 4096)(question, texts)
@@ -266,7 +266,7 @@ def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, 
 @pytest.mark.parametrize("critic,has_scorer", [("policy", True), ("reward_model", False)])
 def test_ppo_detail_13_a_critic_made_of_the_policy_expects_nothing(critic, has_scorer, scorer, tokenizer, model):
     args = replace(ppo.EMBEDDED, critic=critic, reward_model=scorer if has_scorer else None)
-    found = ppo.load_critic(args, tokenizer, CPU)
+    found = ppo.load_critic(args, tokenizer, CPU, False)
     assert not found.score.weight.any() and not found.score.bias.any()
     assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in model.model.named_parameters())
 
@@ -386,6 +386,6 @@ def test_a_reward_model_of_another_tokenizer_scores_but_is_no_critic(tmp_path, s
     vocabulary = content["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="its tokenizer is not that of .*--critic policy"):
+    with pytest.raises(SystemExit, match="a critic needs the tokenizer of .*--critic policy"):
         quick(tmp_path / "run", reward_model=str(tmp_path / "other"))
     assert quick(tmp_path / "run", reward_model=str(tmp_path / "other"), critic="policy")["reward/mean"] != 0
