@@ -265,10 +265,9 @@ def add_adapters(model, rank: int, bfloat16: bool) -> None:
     head = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", exclude_modules=head)
     config.base_model_name_or_path, config.modules_to_save = model.name_or_path, head
-    model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same adapters in every process
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, model)  # which freezes all else
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and bfloat16:
             layer.base_layer.bfloat16()

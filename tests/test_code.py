@@ -14,7 +14,7 @@ MBPP = {"task_id": 2, "text": "Write a function to find the shared elements of t
         "code": "def similar_elements(a, b):\r\n  return tuple(set(a) & set(b))", "challenge_test_list": [],
         "test_list": ["assert set(similar_elements((3, 4), (5, 4))) == set((4,))"]}  # fmt: skip
 SANITIZED = {"prompt": "Write a python function to find the area of a circle.", "test_imports": ["import math"],
-             "test_list": ["assert math.isclose(circle_area(1), math.pi, rel_tol=0.001)"]}  # fmt: skip
+             "test_list": ["assert math.isclose(abs(circle_area(1)), math.pi, rel_tol=0.001)"]}  # fmt: skip
 HUMANEVAL = {"task_id": "HumanEval/0", "entry_point": "has_close", "canonical_solution": "    return False\n",
              "prompt": 'from typing import List\n\ndef has_close(numbers: List[float]) -> bool:\n    """Equal?"""\n',
              "test": "\ndef check(candidate):\n    assert candidate([1, 1]) and not candidate([1])\n"}  # fmt: skip
