@@ -44,7 +44,9 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import statistics
 import sys
 import threading
@@ -168,14 +170,14 @@ SPELLINGS = [  # of the same thing, one for all
     (r"\s+", " "),
 ]
 NUMBER = re.compile(
-    r"(?i)(?P<sign>[-+ $€£]*)(?:(?P<whole>\d+) +(?=\d+ ?/))?"  # -$5, $-5, 3 1/2
+    r"(?P<sign>[-+ $€£]*)(?:(?P<whole>\d+) +(?=\d+ ?/))?"  # -$5, $-5, 3 1/2
     r"(?=\.?\d)(?P<digits>(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?)(?:\\(?:overline|bar)\{(?P<again>\d+)\}"
     r"| ?/ ?(?P<under>-?\d+)|(?:e| ?(?:\\times|\\cdot|\*) ?10\^)\{?(?P<power>[-+]?\d{1,3})\}?)?"
     r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])(?: ?/ ?[a-z]+)?"
     r"| [a-z]{3,}(?:(?: ?/ ?| )[a-z]+){0,3}|)(?: ?\^\{?[23]\}?)?"
 )
 SCALES = dict(k=10**3, dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SYMBOLS = {"$": "dollar", "%": "percent", "€": "euro", "£": "sterling"}
+SYMBOLS = {"$": "dollar", "%": "percent", "€": "euro", "£": "sterling", "/": "per"}
 NO_UNITS = re.compile(  # after a number these make another number of it, or say that there are several
     r"\b(?:or|and|to|more|less|fewer|times|plus|minus|over|by|out|not|if|but|sqrt|log|double|triple|twice|thirds?|"
     r"hal(?:f|ves?)|quarters?|squared|cubed|factorial|negative|root|modulo?|mod|choose|scores?|gross|sin|cos|tan|exp|"
@@ -233,28 +235,24 @@ def normal_form(answer: str) -> str:
 
 
 def number(answer: str) -> tuple[Fraction, str] | None:
-    """The exact value and the unit of a plain number: -$1,234.50, 3 1/2 miles, 2 million, 50%, 0.\\overline{3},
-    1.6e-19; None for what is none, or has not been worked out, as 36/2."""
-    answer = re.sub(r"^\(([^(),]*)\)$|^\{([^{},]*)\}$", r"\1\2", answer)
+    """The exact value and the unit of a number: -$1,234.50, 3 1/2 miles, 2 million, 0.\\overline{3}; None of 36/2."""
+    answer = re.sub(r"^\(([^(),]*)\)$|^\{([^{},]*)\}$", r"\1\2", answer.lower())
     match = NUMBER.fullmatch(re.sub(r"\\frac\{(-?\d+)\}\{(-?\d+)\}", r" \1/\2", answer).strip())
-    if match is None or NO_UNITS.search(match["unit"].lower()):
+    if match is None or NO_UNITS.search(match["unit"]):
         return None
     digits = match["digits"].replace(",", "")
     value = Fraction(f"{digits}e{match['power'] or 0}")
     if again := match["again"]:  # 0.1\overline{6} = 0.1 + 6/90
         value += Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(digits.partition(".")[2]))
-    if match["under"]:
-        under = int(match["under"])
-        if value.denominator > 1 or value % (under or 1) == 0:
-            return None
-        value = value / under + int(match["whole"] or 0)
-    value *= (-1) ** match["sign"].count("-")
-    unit = match["unit"].lower().strip()
-    words = [word.rstrip("s") or word for word in SYMBOLS.get(unit, unit).replace("/", " per ").split()]
-    while words and words[0] in SCALES:
-        value *= SCALES[words.pop(0)]
-    unit = " ".join(words) or SYMBOLS.get(match["sign"].strip("-+ "), "")
-    return None if SCALES.keys() & set(words) else (value, unit)
+    under = int(match["under"] or 1)
+    if match["under"] and (value.denominator > 1 or value % (under or 1) == 0):
+        return None
+    value = (value / under + int(match["whole"] or 0)) * (-1) ** match["sign"].count("-")
+    words = re.findall(r"[a-z]+|[$%€£/]", match["sign"] + match["unit"])
+    words = [SYMBOLS.get(word) or word.rstrip("s") or word for word in words]
+    for word in words:
+        value *= SCALES.get(word, 1)
+    return value, " ".join(word for word in words if word not in SCALES)
 
 
 def split_outside(text: str, separator: str) -> list[str]:
@@ -266,25 +264,20 @@ def split_outside(text: str, separator: str) -> list[str]:
 
 
 def take_apart(answer: str) -> tuple[str, list[str], list[str]]:
-    """The values of a list, a set, a tuple, an interval, or of assignments: brackets, which are "" around a set and a
-    single value; names of the left sides, if all values have one; values."""
+    """Of a list, tuple, interval or assignments: brackets, "" around a set; left sides, if all have one; values."""
     brackets, names, inside = "", [], answer
     if whole := re.fullmatch(rf"\( ?({NAME}(?:, ?{NAME})+)\) ?= ?(\(.*\))", answer):  # (p, q) = (3, 2)
         names, inside = re.split(" ?, ?", whole[1].strip()), whole[2]
     if re.fullmatch(r"[(\[].*[)\]]", inside) and len(split_outside(inside, r"(?<=[)\]])")) == 1:
         brackets, inside = inside[0] + inside[-1], inside[1:-1]
     inside = re.sub(r"^\\\{(.*)\\\}$", r"\1", inside)
-    values = [answer]
-    if brackets or not number(answer):
-        comma = r",(?!\d{3}(?!\d))" if ", " in inside else ","  # 1,234, 5
-        values = split_outside(inside, rf";|\band\b|\bor\b|{comma}")
+    comma = r",(?!\d{3}(?!\d))" if ", " in inside else ","  # 1,234, 5
+    values = split_outside(inside, rf";|\band\b|\bor\b|{comma}") if brackets or not number(answer) else [answer]
     values = [value.replace("\\pm", sign) for value in values for sign in ("+-" if "\\pm" in value else "+")]
-    named = [re.fullmatch(rf"(?:({NAME}) ?= ?)?([^=]+)", value) for value in values]
-    if all(named):
-        names = names or list(accumulate((match[1] or "" for match in named), lambda before, name: name or before))
-        values = [match[2] for match in named]
+    named = [re.fullmatch(rf"(?:({NAME}) ?= ?)?(.*)", value).groups("") for value in values]
+    names = names or list(accumulate((name for name, _ in named), lambda before, name: name or before))  # x = 1, 2
     names = names if len(names) == len(values) and all(names) else []
-    return brackets if len(values) > 1 else "", names, [value.removeprefix("+") for value in values]
+    return brackets if len(values) > 1 else "", names, [value.removeprefix("+") for _, value in named]
 
 
 def compare(gold: str, answer: str, algebra=None) -> bool:
@@ -293,9 +286,8 @@ def compare(gold: str, answer: str, algebra=None) -> bool:
         return True
     brackets, names, values = take_apart(gold)
     their_brackets, their_names, others = take_apart(answer)
-    if RELATION.search(gold) or "=" in "".join(values + others):  # inequalities and equations
-        is_solved = len(values) == 1 and number(values[0])  # x = 5 is met by 5, and not by x + 1 = 6
-        return not is_solved and ("=" in gold) <= ("=" in answer) and is_same(gold, answer, algebra)
+    if RELATION.search(gold) or "=" in "".join(values + others):  # but x = 5 is not met by x + 1 = 6
+        return not any(map(number, values)) and ("=" in gold) <= ("=" in answer) and is_same(gold, answer, algebra)
     if len(values) != len(others) or brackets != their_brackets and not names and (their_brackets or not their_names):
         return False
     keys = their_keys = range(len(values)) if brackets or len(set(names)) > 1 else [""] * len(values)  # in order?
@@ -311,9 +303,8 @@ def compare(gold: str, answer: str, algebra=None) -> bool:
 
 
 def is_same(gold: str, answer: str, algebra) -> bool:
-    """Whether two values are equal. A number is met by a number alone: of an answer that still has to be worked out,
-    `47*8`, nothing has been shown. Units must agree where both have one. Algebra may not decide on words, which it
-    takes for products of letters, nor on indices, and would work out the question itself, if that were the answer."""
+    """Whether two values are equal. A number is met by a number alone, with the same unit where both have one. Algebra
+    decides on formulas, unless it took words for products of letters or would work out the question itself."""
     ours, is_choice = number(gold), re.fullmatch(r"\(?[A-Ja-j]\)?", gold)
     if label := re.fullmatch(r"(\([A-J]\)) ?(.+)", answer):  # (C) 12
         answer = label[1] if is_choice else label[2]
@@ -324,8 +315,7 @@ def is_same(gold: str, answer: str, algebra) -> bool:
     if is_choice or re.fullmatch(r"[^\W\d_]{2,}(?:[ '.-]+[^\W\d_]+)*", gold):  # a letter, or words
         return gold.strip("()").casefold() == answer.strip("()").casefold()
     gold, answer = UNIT_AT_END.sub("", gold), UNIT_AT_END.sub("", answer)
-    texts = [re.sub(r"\\[a-zA-Z]+(?:\{pmatrix\})?", " ", text) for text in (gold, answer)]
-    words, others = ({*re.findall(r"_\{?(\w+)|([^\W\d_]{2,})", text)} for text in texts)
+    words, others = ({*re.findall(r"_\{?(\w+)|(?<![\\a-zA-Z])([^\W\d_]{2,})", text)} for text in (gold, answer))
     is_open = {*re.findall(UNEVALUATED, answer)} - {*re.findall(UNEVALUATED, gold)}
     is_broken = answer.count("{") != answer.count("}") or re.search(r"\d ?: ?\d|\d \d|\\boxed", f"{gold}\n{answer}")
     if gold == answer or words != others or is_open or is_broken:
@@ -335,21 +325,16 @@ def is_same(gold: str, answer: str, algebra) -> bool:
     return algebra(gold, answer)
 
 
-def algebra_worker() -> None:
+def worker() -> None:
     """Compares answers by algebra: reads seconds, gold and answer as a line of JSON, writes true or false. The system
-    ends it where that takes longer, even in sympy's C code. math-verify would round numbers and ignore case, so here
-    formulas are subtracted, with exact decimals, and only relations, sets and matrices are left to it."""
-    import resource
-    import signal
-
+    ends it where that takes longer. math-verify would round, so only relations, sets and matrices are left to it."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import grader
 
     grader.sympy_numeric_eq = lambda *_: False
     resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
-    cased = ConversionConfig(lowercase_symbols=False)
-    verdicts, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no verdict
+    cased, verdicts, sys.stdout = ConversionConfig(lowercase_symbols=False), sys.stdout, sys.stderr
 
     def read(formula: str):
         parsed = latex2sympy(formula, is_real=not grader.should_treat_as_complex(formula), conversion_config=cased)
@@ -375,7 +360,7 @@ def algebra_worker() -> None:
 
 # What a worker runs: the functions above as they were when this file was imported, without torch.
 SOURCE = Path(__file__).read_text().partition("-- the verifier\n")[2].partition("# What a worker")[0]
-SOURCE = f"import json, re, sys\nfrom fractions import *\nfrom itertools import *\n{SOURCE}algebra_worker()"
+SOURCE = f"import json, re, resource, signal, sys\nfrom fractions import *\nfrom itertools import *\n{SOURCE}worker()"
 LIMIT = 3.0  # seconds that a comparison by algebra may take
 WORKERS, OWN = ThreadPoolExecutor(2), threading.local()  # every thread has a process of its own
 
