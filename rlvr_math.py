@@ -39,20 +39,20 @@ Papers: DeepSeek-R1 arXiv:2501.12948, RLOO 2402.14740, GRPO 2402.03300, Dr. GRPO
 2501.19393.
 """
 
-import gc
+import gc  # noqa: I001 (sorted, the two lines from common.tokenizer would be twelve)
 import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 import warnings
 from bisect import bisect_left
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
@@ -60,6 +60,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,28 +70,16 @@ from tqdm import tqdm
 
 from common.generation import Completion, Sampler, sample_answers
 from common.kl import RewardModel, clip_gradients, completion_logprobs, context_length, frozen, kl_estimate, load_model
-from common.tokenizer import (
-    TINY,
-    first_of,
-    load_questions,
-    load_tokenizer,
-    merged,
-    microbatches,
-    pad_rows,
-    read_messages,
-    shuffled_pass,
-    stop_token_ids,
-)
+from common.tokenizer import TINY, first_of, load_questions, load_tokenizer, merged, microbatches, pad_rows
+from common.tokenizer import read_messages, shuffled_pass, stop_token_ids
 
 R1_ZERO = (  # DeepSeek-R1-Zero's template for base models: the answer goes on from an opened <think>
-    "{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{{ message.content | replace('<think>', '', 1) }}{{ eos_token }}"
-    "{% elif message.role == 'system' %}{{ message.content }}\n{% else %}"
+    "{% for turn in messages %}{% if turn.role == 'system' %}{{ turn.content }}\n{% elif turn.role == 'user' %}"
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
     "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
     "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
-    "User: {{ message.content }}\nAssistant: <think>{% endif %}{% endfor %}"
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: {{ turn.content }}\n"
+    "Assistant: <think>{% else %}{{ turn.content | replace('<think>', '', 1) }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -159,134 +148,111 @@ EMBEDDED = Args(  # what runs where no --model is given: a minute on two cores
 # ------------------------------------------------------------------------------------------------ the verifier
 
 MAX_ANSWER = 400  # characters; whatever is longer is no final answer
-STATED = re.compile(r"(?:^[\s*_#>]*a ?:|\banswer\**(?: ?:| ?=| is\b:?))[\s*_:]*", re.IGNORECASE)
+STATED = re.compile(r"(?:^[\s*_#>]*a ?:|\banswer\**(?: ?[:=]| is\b:?|[*_: ]*\n))[\s*_:]*", re.IGNORECASE | re.MULTILINE)
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?![\s{])((?:\\[a-z]+)?[^\s$\\.,;<]*(?:\.\d+)?)")  # \boxed 2
 BETWEEN_BOXES = r"[\s$*]*(?:,|;|\band\b|\bor\b|\\text\{ *(?:and|or) *\})[\s$*]*"
 SPELLINGS = [  # of the same thing, one for all
-    (r"\$\$", "$"),
-    (r"(?<!\\)\$([^$]+)(?<!\\)\$|(?<!\\)\\[()\[\]]|^\*\*|\*\*$|`", r"\1"),
-    (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])|(?<=\\[lg]eq)slant", ""),
+    (r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|(?<!\\)\\[()\[\]]|`", r"\1"),
+    (r"\\(?:left|right|displaystyle|quad)(?![a-zA-Z])|(?<=\\[lg]eq)slant|^[\s*]*[a-zA-Z] ?\\in(?![a-z])", ""),  # x \in
     (r"\{,\}|,\\! ?|\\[,!](?=\d{3}(?!\d))", ","),  # in front of thousands
     (r"(?<!\\)\\[,!;: ]|~", " "),
     (r"\\([$%])", r"\1"),
     (r"[−–]", "-"),
-    (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z]\s*\}$", ""),  # 3\text{ m}
+    (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z]\s*\}\W*$", ""),  # 3\text{ m}
     (r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\[cdt]frac", r"\\frac"),
     (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})\s*(\w)", r"\1{\2}"),
-    (r"\\(begin|end)\{[bvBV]matrix\}", r"\\\1{pmatrix}"),
+    (r"\\(begin|end)\{[bB]matrix\}", r"\\\1{pmatrix}"),
     (r"\^\{?\\circ\}?|°|\\degree", " degrees"),
     (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),
-    (r"^\s*[a-zA-Z] ?\\in(?![a-z])", ""),  # x \in [1, 2]
     (r"\\varnothing", r"\\emptyset"),
     (r"\s+", " "),
 ]
 NUMBER = re.compile(
-    r"(?P<sign>[-+ ]*)(?P<currency>[$€£]?)(?P<inner>[-+ ]*)"  # -$5 and $-5
-    r"(?:(?:(?P<whole>\d+) )?(?P<over>\d+) ?/ ?(?P<under>-?\d+)"
-    r"|(?=\.?\d)(?P<digits>(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?)(?:\\(?:overline|bar)\{(?P<again>\d+)\})?"
-    r"(?:(?:e| ?(?:\\times|\\cdot|\*) ?10\^)\{?(?P<power>[-+]?\d{1,3})\}?)?)"
+    r"(?P<sign>[-+ $€£]*)(?:(?P<whole>\d+) +(?=\d+ ?/))?"  # -$5, $-5, 3 1/2
+    r"(?=\.?\d)(?P<digits>(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?)(?:\\(?:overline|bar)\{(?P<again>\d+)\}"
+    r"| ?/ ?(?P<under>-?\d+)|(?:e| ?(?:\\times|\\cdot|\*) ?10\^)\{?(?P<power>[-+]?\d{1,3})\}?)?"
     r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])(?: ?/ ?[a-z]+)?"
-    r"| [a-z]{3,}(?:(?: ?/ ?| )[a-z]+){0,3})?(?: ?\^\{?[23]\}?)?",
-    re.IGNORECASE,
+    r"| [a-z]{3,}(?:(?: ?/ ?| )[a-z]+){0,3}|)(?: ?\^\{?[23]\}?)?"
 )
 SCALES = dict(k=10**3, dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SYMBOLS = {"$": "dollar", "%": "percent", "€": "euro", "£": "sterling"}
-# After a number these are no unit: they make another number of it, or say that there are several.
-NO_UNITS = re.compile(
-    r"\b(?:or|and|to|more|less|fewer|than|times|plus|minus|over|divided|by|out|not|if|but|pi|sqrt|log|double|triple|"
-    r"twice|hal(?:f|ves?)|thirds?|quarters?|squared|cubed|factorial|negative|root|mod|modulo|choose|multiplied|added|"
-    r"scores?|gross|sin|cos|tan|exp|point|zero|one|two|three|four|five|six|seven|eight|nine|ten|lakh|crore|\w*teen|"
-    r"eleven|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:teen|tie|elev?en|twelf|dred|sand|ion)ths?|th)\b"
+SYMBOLS = {"$": "dollar", "%": "percent", "€": "euro", "£": "sterling", "/": "per"}
+NO_UNITS = re.compile(  # after a number these make another number of it, or say that there are several
+    r"\b(?:or|and|to|more|less|fewer|times|plus|minus|over|by|out|not|if|but|sqrt|log|double|triple|twice|thirds?|"
+    r"hal(?:f|ves?)|quarters?|squared|cubed|factorial|negative|root|modulo?|mod|choose|scores?|gross|sin|cos|tan|exp|"
+    r"point|zero|one|two|three|five|eight|nine|twelve|(?:four|six|seven|ten|eleven|\w*teen)(?:ths?)?|lakh|crore|"
+    r"(?:fif|eigh|nin|twelf|\w*(?:tie|dred|sand|illion))ths?|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
 )
 UNIT_AT_END = re.compile(r" (?:square |cubic )?(?:units?|[cmk]?m|inch(?:es)?|feet|miles|degrees?)(?: ?\^\{?[23]\}?)?$")
 NAME = r"(?!\\[a-z]*(?:frac|sqrt))[^\d\s=<>+*/^,-][^=<>+*/^,-]*?"  # of a left side: x, a_n, f(x), \angle ABC
 RELATION = re.compile(r"[<>]|\\(?:[lg]eq?|neq?|in|cup|cap|setminus|subset)(?![a-z])")
-UNEVALUATED = re.compile(
-    r"\\(?:i*nt|oint|sum|prod|lim|max|min|gcd|lcm|binom|det|[pb]mod|(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln|exp)"
-    r"(?![a-z])|frac\{d|partial|!"
-)
+UNEVALUATED = r"int|sum|prod|lim|max|min|gcd|lcm|binom|det|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|frac\{d|partial|!"
 
 
 def stated_answer(completion: str) -> str | None:
     """The answer that a completion states last: in \\boxed, after ####, in <answer> tags, or on a last line such as
     `A: 18` or `The answer is 18.` Reasoning in <think> does not count, an unbalanced box is no answer, boxes side by
     side are a list, and a number that merely stands in the text never is an answer."""
-    text = completion.rpartition("</think>")[2].partition("<think>")[0]  # detail 4
+    text = BARE_BOX.sub(r"\\boxed{\1}", completion.rpartition("</think>")[2].partition("<think>")[0])  # detail 4
     found = [last_boxes(text)]
-    end = text.rfind("</answer>")
-    if end >= 0 and (start := text.rfind("<answer>", 0, end)) >= 0:
-        inside = text[start + len("<answer>") : end]
-        found.append((start, last_boxes(inside)[1] or inside))
-    if (start := text.rfind("####")) >= 0:
-        marked = text[start + 4 : start + 4 + 2 * MAX_ANSWER].partition("\n")[0]
-        found += [(start, marked)] if re.search(r"[\d\\]", marked) else []  # a heading is no answer
-    *before, last = [line for line in text[-2 * MAX_ANSWER :].split("\n") if line.strip()][-2:] or [""]
-    stated = [match.end() for match in STATED.finditer(last)]
-    if before and not stated and before[0].rstrip("*_: ").lower().endswith("answer"):
-        stated = [0]
-    if stated:
-        said = re.match(r"\$([^$]+)\$|(?:(?!\.\s+[A-Z]).)*", last[stated[-1] :])
-        said = said[1] or said[0]
-        is_first = all(answer is None for _, answer in found)  # "The answer is correct." takes nothing back
-        if not re.search(r"\\f?box|</answer>", said) and (is_first or re.search(r"[\d\\]", said)):
+    before, tag, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    if tag:
+        found.append((len(before), inside))
+    before, tag, rest = text.rpartition("####")
+    if tag and re.match(r".*[\d\\]", rest):  # else it is a heading
+        found.append((len(before), rest.partition("\n")[0]))
+    tail = [line for line in text[-2 * MAX_ANSWER :].split("\n") if line.strip()][-2:]
+    *is_stated, said = STATED.split("\n".join(tail))
+    if is_stated and not re.search(r"\n|\\f?box|</answer>", said):
+        said = re.match(r"\$[^$]+\$|(?:(?!\.\s+[A-Z]).)*", said)[0]
+        if re.search(r"[\d\\]", said) or not any(answer for _, answer in found):  # "is correct" takes nothing back
             found.append((len(text), said))
-    answer = (max(found, key=lambda place: place[0])[1] or "").strip()
-    again = [match.end() for match in STATED.finditer(answer[:MAX_ANSWER])]  # <answer>The answer is 5</answer>
-    return (answer[again[-1] :] if again else answer) or None
+    answer = max(found)[1].strip()[: 2 * MAX_ANSWER]
+    return STATED.split(answer)[-1] or None  # <answer>The answer is 5</answer>
 
 
-def last_boxes(text: str) -> tuple[int, str | None]:
-    """Where the last box stands, or the list of boxes that it ends, and what they hold; (-1, None) without a box."""
-    first, end, insides = -1, -1, []
-    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*", text))[-8:]:
-        if first < 0 or not re.fullmatch(BETWEEN_BOXES, text[end : match.start()]):
+def last_boxes(text: str) -> tuple[int, str]:
+    """Where the last box stands, or the list of boxes that it ends, and what they hold: "" if one is unbalanced."""
+    first, end, insides = -1, 0, []
+    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))[-8:]:
+        if not insides or not re.fullmatch(BETWEEN_BOXES, text[end : match.start()]):
             first, insides = match.start(), []
-        rest = text[match.end() : match.end() + MAX_ANSWER + 2]
-        depths = accumulate((character == "{") - (character == "}") for character in rest)
-        closing = next((place for place, depth in enumerate(depths) if depth == 0), None)
-        if rest.startswith("{"):
-            inside, end = closing and rest[1:closing], match.end() + (closing or 0) + 1
-        else:
-            inside = re.match(r"(?:\\[a-z]+)?[^\s$\\.,;]*(?:\.\d+)?", rest)[0]
-            end = match.end() + len(inside)
-        insides.append(inside)
-    hedged = re.match(BETWEEN_BOXES + r"[-+.\\]?[\d\\]", text[end : end + MAX_ANSWER]) if insides else None
-    return first, ", ".join(insides) if insides and all(insides) and not hedged else None
+        rest = text[match.end() : match.end() + MAX_ANSWER + 1]
+        depths = list(accumulate(((c == "{") - (c == "}") for c in rest), initial=1))
+        size = depths.index(0) if 0 in depths else 0
+        insides.append(rest[: max(size - 1, 0)])
+        end = match.end() + size
+    hedged = re.match(BETWEEN_BOXES + r"[-+.\\]?[\d\\]", text[end : end + MAX_ANSWER])
+    return first, ", ".join(insides) if all(insides) and not hedged else ""
 
 
 def normal_form(answer: str) -> str:
     """An answer without what its meaning does not depend on: delimiters, spacing, and other spellings of LaTeX."""
-    answer = answer.strip().rstrip(".✅ ")
     for pattern, spelling in SPELLINGS:
         answer = re.sub(pattern, spelling, answer)
-    return answer.strip(" *_").rstrip(".").strip()
+    return answer.strip(" *_✅").rstrip(" *_✅.")
 
 
 def number(answer: str) -> tuple[Fraction, str] | None:
-    """The exact value and the unit of a plain number: -$1,234.50, 3 1/2 miles, 2 million, 50%, 0.\\overline{3},
-    1.6e-19; None for what is none, or has not been worked out, as 36/2."""
-    answer = re.sub(r"^\(([^(),]*)\)$|^\{([^{},]*)\}$", r"\1\2", answer)
+    """The exact value and the unit of a number: -$1,234.50, 3 1/2 miles, 2 million, 0.\\overline{3}; None of 36/2."""
+    answer = re.sub(r"^\(([^(),]*)\)$|^\{([^{},]*)\}$", r"\1\2", answer.lower())
     match = NUMBER.fullmatch(re.sub(r"\\frac\{(-?\d+)\}\{(-?\d+)\}", r" \1/\2", answer).strip())
-    if match is None or NO_UNITS.search((match["unit"] or "").lower()):
+    if match is None or NO_UNITS.search(match["unit"]):
         return None
-    if match["over"]:
-        if int(match["under"]) == 0 or int(match["over"]) % int(match["under"]) == 0:
-            return None
-        value = Fraction(int(match["over"]), int(match["under"])) + int(match["whole"] or 0)
-    else:
-        digits = match["digits"].replace(",", "").rstrip(".")
-        value = Fraction(digits or "0")
-        if again := match["again"]:  # 0.1\overline{6} = 0.1 + 6/90
-            value += Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(digits.partition(".")[2]))
-        value *= Fraction(10) ** int(match["power"] or 0)
-    if (match["sign"] + match["inner"]).count("-") % 2:
-        value = -value
-    unit = (match["unit"] or "").lower().strip()
-    words = [word.rstrip("s") or word for word in SYMBOLS.get(unit, unit).replace("/", " per ").split()]
-    while words and words[0] in SCALES:
-        value *= SCALES[words.pop(0)]
-    return None if SCALES.keys() & set(words) else (value, " ".join(words) or SYMBOLS.get(match["currency"], ""))
+    digits = match["digits"].replace(",", "")
+    value = Fraction(f"{digits}e{match['power'] or 0}")
+    if again := match["again"]:  # 0.1\overline{6} = 0.1 + 6/90
+        value += Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(digits.partition(".")[2]))
+    under = int(match["under"] or 1)
+    if match["under"] and (value.denominator > 1 or value % (under or 1) == 0):
+        return None
+    value = (value / under + int(match["whole"] or 0)) * (-1) ** match["sign"].count("-")
+    words = re.findall(r"[a-z]+|[$%€£/]", match["sign"] + match["unit"])
+    words = [SYMBOLS.get(word) or word.rstrip("s") or word for word in words]
+    for word in words:
+        value *= SCALES.get(word, 1)
+    return value, " ".join(word for word in words if word not in SCALES)
 
 
 def split_outside(text: str, separator: str) -> list[str]:
@@ -298,105 +264,77 @@ def split_outside(text: str, separator: str) -> list[str]:
 
 
 def take_apart(answer: str) -> tuple[str, list[str], list[str]]:
-    """The values of a list, a set, a tuple, an interval, or of assignments: brackets, which are "" around a set and a
-    single value; names of the left sides, if all values have one; values."""
-    names, brackets, inside = [], "", answer
+    """Of a list, tuple, interval or assignments: brackets, "" around a set; left sides, if all have one; values."""
+    brackets, names, inside = "", [], answer
     if whole := re.fullmatch(rf"\( ?({NAME}(?:, ?{NAME})+)\) ?= ?(\(.*\))", answer):  # (p, q) = (3, 2)
         names, inside = re.split(" ?, ?", whole[1].strip()), whole[2]
     if re.fullmatch(r"[(\[].*[)\]]", inside) and len(split_outside(inside, r"(?<=[)\]])")) == 1:
         brackets, inside = inside[0] + inside[-1], inside[1:-1]
-    elif inside.startswith("\\{") and inside.endswith("\\}"):
-        inside = inside[2:-2]
-    values = [answer]  # in a number, a comma stands before thousands
-    if brackets or not number(answer):
-        has_thousands = not brackets and ", " in inside and re.search(r"\d,\d{3}(?!\d)", inside)
-        values = split_outside(inside, "; |, " if has_thousands else r"; ?|\band |\bor |, ?(?!and |or )")
+    inside = re.sub(r"^\\\{(.*)\\\}$", r"\1", inside)
+    comma = r",(?!\d{3}(?!\d))" if ", " in inside else ","  # 1,234, 5
+    values = split_outside(inside, rf";|\band\b|\bor\b|{comma}") if brackets or not number(answer) else [answer]
     values = [value.replace("\\pm", sign) for value in values for sign in ("+-" if "\\pm" in value else "+")]
-    if first := re.fullmatch(rf"({NAME} ?= ?)[^=]+", (values or [""])[0]):  # x = 1, 2
-        values = [value if "=" in value else first[1] + value for value in values]
-    named = [re.fullmatch(rf"({NAME}) ?= ?([^=]+)", value) for value in values]
-    if not names and all(named):
-        names, values = [match[1].strip() for match in named], [match[2] for match in named]
-    names = names if len(names) == len(values) else []
-    return brackets if len(values) > 1 else "", names, [value.removeprefix("+") for value in values]
+    named = [re.fullmatch(rf"(?:({NAME}) ?= ?)?(.*)", value).groups("") for value in values]
+    names = names or list(accumulate((name for name, _ in named), lambda before, name: name or before))  # x = 1, 2
+    names = names if len(names) == len(values) and all(names) else []
+    return brackets if len(values) > 1 else "", names, [value.removeprefix("+") for _, value in named]
 
 
 def compare(gold: str, answer: str, algebra=None) -> bool:
-    """Whether two answers in normal form say the same. `algebra` compares two formulas; without it NotImplementedError
-    is raised where it would be needed."""
+    """Whether two answers in normal form say the same. NotImplementedError, where `algebra` is needed and not given."""
     if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", answer):
         return True
     brackets, names, values = take_apart(gold)
     their_brackets, their_names, others = take_apart(answer)
-    if RELATION.search(gold) or "=" in "".join(values + others):  # inequalities and equations
-        is_solved = len(values) == 1 and number(values[0])  # x = 5 is met by 5, and not by x + 1 = 6
-        return not is_solved and ("=" in gold) <= ("=" in answer) and is_same_formula(gold, answer, algebra)
-    if names and their_names and sorted(names) != sorted(their_names):
+    if RELATION.search(gold) or "=" in "".join(values + others):  # but x = 5 is not met by x + 1 = 6
+        return not any(map(number, values)) and ("=" in gold) <= ("=" in answer) and is_same(gold, answer, algebra)
+    if len(values) != len(others) or brackets != their_brackets and not names and (their_brackets or not their_names):
         return False
-    if brackets != their_brackets and not names and (their_brackets or not their_names):
-        return False
+    keys = their_keys = range(len(values)) if brackets or len(set(names)) > 1 else [""] * len(values)  # in order?
     if names and their_names:
-        values, others = ([v for _, v in sorted(zip(*side))] for side in ((names, values), (their_names, others)))
-    if len(values) != len(others):
-        return False
-    if brackets or len(set(names)) > 1:  # in this order
-        return all(is_same(*pair, algebra) for pair in zip(values, others))
-    for value in values:
-        likely = sorted(others, key=lambda other: other != value)
-        match = next((other for other in likely if is_same(value, other, algebra)), None)
+        keys, their_keys = names, their_names
+    left = list(zip(their_keys, others))
+    for key, value in zip(keys, values):
+        match = next((pair for pair in left if pair[0] == key and is_same(value, pair[1], algebra)), None)
         if match is None:
             return False
-        others.remove(match)
+        left.remove(match)
     return True
 
 
 def is_same(gold: str, answer: str, algebra) -> bool:
-    """Whether two values are equal. A number is met by a number alone: of an answer that still has to be worked out,
-    `47*8`, nothing has been shown. Units must agree where both have one."""
+    """Whether two values are equal. A number is met by a number alone, with the same unit where both have one. Algebra
+    decides on formulas, unless it took words for products of letters or would work out the question itself."""
     ours, is_choice = number(gold), re.fullmatch(r"\(?[A-Ja-j]\)?", gold)
     if label := re.fullmatch(r"(\([A-J]\)) ?(.+)", answer):  # (C) 12
         answer = label[1] if is_choice else label[2]
     if ours:  # detail 5
-        theirs = number(answer)
-        short, long = sorted((ours[1], theirs[1]), key=len) if theirs else ("", "")  # cm is short for centimeter
-        return bool(theirs) and ours[0] == theirs[0] and bool(re.match(".*".join(map(re.escape, short)), long))
+        theirs = number(answer) or (None, "")
+        short, long = sorted((ours[1], theirs[1]), key=len)  # cm is short for centimeter
+        return ours[0] == theirs[0] and re.match(".*".join(short), long) is not None
     if is_choice or re.fullmatch(r"[^\W\d_]{2,}(?:[ '.-]+[^\W\d_]+)*", gold):  # a letter, or words
         return gold.strip("()").casefold() == answer.strip("()").casefold()
     gold, answer = UNIT_AT_END.sub("", gold), UNIT_AT_END.sub("", answer)
-    return gold == answer or is_same_formula(gold, answer, algebra)
-
-
-def is_same_formula(gold: str, answer: str, algebra) -> bool:
-    """What algebra says, if it may decide: it takes words for products of letters, bases for indices, and would work
-    out the question itself, if that were the answer."""
-    words = [re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+(?:\{pmatrix\})?", " ", text)) for text in (gold, answer)]
-    indices = [re.findall(r"_\{?(\w+)", text) for text in (gold, answer)]
-    is_open = {*UNEVALUATED.findall(answer)} - {*UNEVALUATED.findall(gold)}
-    is_broken = answer.count("{") != answer.count("}") or re.search(r"\d \d|\\boxed", answer)
-    if words[0] != words[1] or indices[0] != indices[1] or is_open or is_broken or re.search(r"\d ?: ?\d", gold):
-        return False
+    words, others = ({*re.findall(r"_\{?(\w+)|(?<![\\a-zA-Z])([^\W\d_]{2,})", text)} for text in (gold, answer))
+    is_open = {*re.findall(UNEVALUATED, answer)} - {*re.findall(UNEVALUATED, gold)}
+    is_broken = answer.count("{") != answer.count("}") or re.search(r"\d ?: ?\d|\d \d|\\boxed", f"{gold}\n{answer}")
+    if gold == answer or words != others or is_open or is_broken:
+        return gold == answer
     if algebra is None:
         raise NotImplementedError
     return algebra(gold, answer)
 
 
-def algebra_worker() -> None:
-    """Compares answers by algebra: reads seconds, gold and answer in normal form as a line of JSON, writes true or
-    false. The system ends it where that takes longer, even in sympy's C code.
-
-    math-verify compares numbers by rounding and letters without their case, so formulas are subtracted here, with exact
-    decimals, and only relations, sets and matrices are left to it."""
-    import resource
-    import signal
-
+def worker() -> None:
+    """Compares answers by algebra: reads seconds, gold and answer as a line of JSON, writes true or false. The system
+    ends it where that takes longer. math-verify would round, so only relations, sets and matrices are left to it."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import grader
 
     grader.sympy_numeric_eq = lambda *_: False
     resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
-    cased, verdicts = ConversionConfig(lowercase_symbols=False), os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else is printed is no verdict
+    cased, verdicts, sys.stdout = ConversionConfig(lowercase_symbols=False), sys.stdout, sys.stderr
 
     def read(formula: str):
         parsed = latex2sympy(formula, is_real=not grader.should_treat_as_complex(formula), conversion_config=cased)
@@ -408,7 +346,7 @@ def algebra_worker() -> None:
             return ours == theirs or sympy.simplify(ours - theirs) == 0
         return grader.verify([ours], [theirs], timeout_seconds=None)
 
-    print("ready", file=verdicts)
+    print("ready", file=verdicts, flush=True)
     for line in sys.stdin:
         seconds, gold, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -417,14 +355,12 @@ def algebra_worker() -> None:
         except Exception:
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(verdict), file=verdicts)
+        print(json.dumps(verdict), file=verdicts, flush=True)
 
 
 # What a worker runs: the functions above as they were when this file was imported, without torch.
 SOURCE = Path(__file__).read_text().partition("-- the verifier\n")[2].partition("# What a worker")[0]
-SOURCE = (
-    f"import json, os, re, sys\nfrom fractions import *\nfrom itertools import accumulate\n{SOURCE}algebra_worker()"
-)
+SOURCE = f"import json, re, resource, signal, sys\nfrom fractions import *\nfrom itertools import *\n{SOURCE}worker()"
 LIMIT = 3.0  # seconds that a comparison by algebra may take
 WORKERS, OWN = ThreadPoolExecutor(2), threading.local()  # every thread has a process of its own
 
@@ -437,10 +373,9 @@ def is_equal(gold: str, answer: str) -> bool | None:
     except NotImplementedError:
         process = getattr(OWN, "process", None)
     if process is None or process.poll() is not None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # A session of its own, for Ctrl-C is not meant for it, and a folder without modules that it might import.
-        pipes |= {"text": True, "start_new_session": True, "cwd": "/"}
-        process = OWN.process = subprocess.Popen([sys.executable, "-c", SOURCE], **pipes)
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True}
+        process = OWN.process = Popen([sys.executable, "-c", SOURCE], start_new_session=True, cwd="/", **pipes)
         if not process.stdout.readline():
             sys.exit("The verifier's process ends before it is ready: see whether Python can import math_verify.")
     process.stdin.write(json.dumps([LIMIT, gold, answer]) + "\n")
@@ -452,12 +387,9 @@ def is_equal(gold: str, answer: str) -> bool | None:
 
 
 class Grade(NamedTuple):
-    """Whether a completion's answer is right (None: the gold answer says nothing), what it says, and what was done:
-    compared, or timeout, no answer, too long, no gold."""
-
-    correct: bool | None
-    answer: str | None
-    how: str
+    correct: bool | None  # None: the gold answer says nothing
+    answer: str | None  # what the completion says
+    how: str  # compared, timeout, no answer, too long, no gold
 
 
 def grade(completion: str, gold: str | list[str]) -> Grade:
@@ -551,55 +483,32 @@ def mean_loss(losses, mask, how: str, sequences: int, tokens: float, max_tokens:
 # ------------------------------------------------------------------------------------------------ test-time compute
 
 
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, hold one of the `right` ones (arXiv:2107.03374)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)  # detail 8
-
-
-def vote(answers: list[int | None], weights: list[float]) -> int | None:
-    """The answer with the largest sum of weights, the one found first among equals; None is no vote."""
-    totals: Counter = Counter()
-    for answer, weight in zip(answers, weights):
-        if answer is not None:
-            totals[answer] += weight
-    return max(totals, key=totals.get, default=None)
-
-
-def number_answers(grades: list[Grade]) -> list[int | None]:
-    """A number for each different answer to a question: 0 is the right one, None an answer that is absent."""
-    wrong, numbers = {}, []
-    for found in grades:
-        answer = normal_form(found.answer or "")
-        value = number(answer) or answer
-        numbers.append(0 if found.correct else wrong.setdefault(value, len(wrong) + 1) if answer else None)
-    return numbers
+def winner(ballots: list, weights: list[float]):
+    """The answer with the largest sum of weights, the one found first among equals; an absent one, "", is no vote."""
+    totals = dict.fromkeys(filter(None, ballots), 0.0)
+    for ballot, weight in zip(ballots, weights):
+        if ballot:  # detail 8
+            totals[ballot] += weight
+    return max(totals, key=totals.get, default="")
 
 
 def until_answer(tokenizer, completion: Completion) -> Completion:
     """A completion in R1-Zero's template up to its first </answer>, at which its authors stop sampling."""
-    if "</answer>" not in tokenizer.decode(completion.ids):
-        return completion
-    ids = completion.ids
-    end = bisect_left(range(len(ids)), True, key=lambda n: "</answer>" in tokenizer.decode(ids[:n]))
-    return Completion(ids[:end], completion.logprobs[:end], True)  # detail 3
+    ids, is_over = completion.ids, lambda n: "</answer>" in tokenizer.decode(ids[:n])
+    end = bisect_left(range(len(ids)), True, key=is_over)
+    return Completion(ids[:end], completion.logprobs[:end], completion.stopped or is_over(end))  # detail 3
 
 
-def force_answers(sampler, tokenizer, questions: list[dict], groups: list, places: list[int], args: Args) -> list:
-    """Completions sampled with a budget of --max-think-tokens, where reasoning that has not ended gets --answer-cue
-    (s1). For evaluation only: the policy did not choose those tokens. The last of a group is the greedy one."""
+def force_answers(sampler, tokenizer, answered: dict, args: Args) -> None:
+    """Where reasoning has not ended within --max-think-tokens, put --answer-cue behind it, and go on with what is most
+    likely (s1). For evaluation only: the policy did not choose those tokens."""
     cue = tokenizer(args.answer_cue, add_special_tokens=False).input_ids
-    forced = [list(group) for group in groups]
-    for is_greedy in (False, True):
-        starts = [(p, g) for p, group in enumerate(groups) for g, c in enumerate(group)
-                  if not c.stopped and (g == len(group) - 1) == is_greedy]  # fmt: skip
-        begun = [groups[p][g].ids + cue * ("</think>" not in tokenizer.decode(groups[p][g].ids)) for p, g in starts]
-        budgets = [max(args.max_completion_tokens - len(ids), 1) for ids in begun]
-        prompts = [questions[p]["ids"] + ids for (p, _), ids in zip(starts, begun)]
-        numbers = [places[p] * args.eval_samples + g for p, g in starts]
-        more = sampler.generate(prompts, budgets, 1, 0.0 if is_greedy else args.temperature, args.seed + 1, numbers)
-        for (p, g), ids, (rest,) in zip(starts, begun, more):
-            forced[p][g] = Completion(ids + rest.ids, [0.0] * len(ids + rest.ids), rest.stopped)
-    return forced
+    cut = [(q["ids"], group, g) for q, group, _ in answered.values() for g, c in enumerate(group) if not c.stopped]
+    begun = [group[g].ids + cue * ("</think>" not in tokenizer.decode(group[g].ids)) for _, group, g in cut]
+    budgets = [max(args.max_completion_tokens - len(ids), 1) for ids in begun]
+    prompts = [prompt + ids for (prompt, *_), ids in zip(cut, begun)]
+    for (_, group, g), ids, (rest,) in zip(cut, begun, sampler.generate(prompts, budgets, temperature=0.0)):
+        group[g] = Completion(ids + rest.ids, [], rest.stopped)
 
 
 @torch.no_grad()
@@ -610,68 +519,58 @@ def evaluate(sampler, tokenizer, questions, reranker, args: Args, rank: int, wor
     n, budget = args.eval_samples, args.max_think_tokens or args.max_completion_tokens
     sampling = (budget, n, args.temperature, args.seed)
     answered = sample_answers(sampler, tokenizer, questions, sampling, rank, world, greedy=True)
-    mine, groups = [question for question, *_ in answered.values()], [group for _, group, _ in answered.values()]
     if args.max_think_tokens:
-        groups = force_answers(sampler, tokenizer, mine, groups, list(answered), args)
-    completions, texts, grades = read(tokenizer, mine, groups, args)
+        force_answers(sampler, tokenizer, answered, args)
     found = {}
-    for i, (place, question) in enumerate(zip(answered, mine)):
-        drawn = slice(i * (n + 1), i * (n + 1) + n)  # and behind them the greedy one
-        said, graded, group = texts[drawn], grades[drawn], completions[drawn]
-        numbers = number_answers(graded)
-        scores = reranker(question["row"], said).sigmoid().tolist() if reranker else [0.0] * n
-        row = {
-            "eval/accuracy": numbers.count(0) / n,
-            "eval/accuracy_greedy": grades[drawn.stop].correct is True,
-            "eval/completion_length": sum(len(c.ids) for c in group) / n,
-            "eval/truncated_fraction": sum(not c.stopped for c in group) / n,
-        }
-        for k in sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)}):
-            row[f"eval/pass@{k}"] = pass_at_k(n, numbers.count(0), k)
-            row[f"eval/maj@{k}"] = vote(numbers[:k], [1.0] * k) == 0
+    for place, (question, group, _) in answered.items():
+        (*group, _), texts, (*grades, greedy) = read(tokenizer, [question] * len(group), group, args)
+        ballots = [g.correct or number(form := normal_form(g.answer or "")) or form for g in grades]  # True if right
+        scores = reranker(question["row"], texts[:n]).sigmoid().tolist() if reranker else [0.0] * n
+        row = {"eval/accuracy": ballots.count(True) / n, "eval/accuracy_greedy": greedy.correct is True}
+        row["eval/completion_length"] = sum(len(c.ids) for c in group) / n
+        row["eval/truncated_fraction"] = sum(not c.stopped for c in group) / n
+        for k in sorted({n, *(2**i for i in range(1, n.bit_length()))}):
+            row[f"eval/pass@{k}"] = 1 - math.comb(n - ballots.count(True), k) / math.comb(n, k)  # detail 8
+            row[f"eval/maj@{k}"] = winner(ballots[:k], [1.0] * k) is True
             if reranker:
-                row[f"eval/weighted@{k}"] = vote(numbers[:k], scores[:k]) == 0
-                best = max(range(k), key=lambda j: (numbers[j] is not None, scores[j]))
-                row[f"eval/best@{k}"] = numbers[best] == 0
+                row[f"eval/weighted@{k}"] = winner(ballots[:k], scores) is True
+                row[f"eval/best@{k}"] = ballots[max(range(k), key=lambda j: (ballots[j] != "", scores[j]))] is True
         asked, gold = tokenizer.decode(question["ids"], skip_special_tokens=True), question["row"]["answer"]
         samples = [
             {"prompt": asked, "completion": text, "reward": float(g.correct is True), "gold": gold, "score": score}
-            for text, g, score in zip(said, graded, scores)
+            for text, g, score in zip(texts, grades, scores)
         ]
         found[place] = row, samples if args.steps == 0 else samples[:1]
     rows, samples = zip(*merged(found))
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    spread = statistics.stdev([row["eval/accuracy"] for row in rows]) if len(rows) > 1 else 0.0
-    metrics["eval/accuracy_margin"] = 1.96 * spread / math.sqrt(len(rows))  # 95 %, over questions
+    spread = statistics.pstdev([row["eval/accuracy"] for row in rows])
+    metrics["eval/accuracy_margin"] = 1.96 * spread / math.sqrt(max(1, len(rows) - 1))  # 95 %, over questions
     return metrics, sum(samples, [])
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 
-def read(tokenizer, questions: list[dict], groups: list[list[Completion]], args: Args) -> tuple[list, list, list]:
+def read(tokenizer, asked: list[dict], completions: list[Completion], args: Args) -> tuple[list, list, list]:
     """Completions up to where they end, what they say, and their grades, all [B]."""
-    questions = [question for question, group in zip(questions, groups) for _ in group]
-    completions = sum(groups, [])
     if args.template == "r1_zero":
         completions = [until_answer(tokenizer, completion) for completion in completions]
-    texts = [q["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for q, c in zip(questions, completions)]
-    return completions, texts, list(WORKERS.map(grade, texts, [q["row"]["answer"] for q in questions]))
+    texts = [q["prefill"] + tokenizer.decode(c.ids, skip_special_tokens=True) for q, c in zip(asked, completions)]
+    return completions, texts, list(WORKERS.map(grade, texts, [question["row"]["answer"] for question in asked]))
 
 
 def save_verified(path: Path, step: int, found: list[tuple[dict, str]], cap: int, instruction: str) -> None:
     """Add right completions to the rows at `path`, no two alike, up to `cap` of a question. Rows that a killed run has
     written at this step or later are written again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = {(str(row["prompt"]), row["completion"]): row for row in map(json.loads, lines) if row["step"] < step}
-    counts = Counter(prompt for prompt, _ in rows)
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    rows = [row for row in rows if row["step"] < step]
     for row, text in found:
         *before, last = read_messages(first_of(row, "prompt", "question", "problem"))
         prompt = [*before, {**last, "content": last["content"] + instruction}]
-        if (str(prompt), text) not in rows and counts[str(prompt)] < cap:
-            counts[str(prompt)] += 1
-            rows[str(prompt), text] = {"step": step, "prompt": prompt, "completion": text, "answer": row["answer"]}
-    path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        alike = [known["completion"] for known in rows if known["prompt"] == prompt]
+        if text not in alike and len(alike) < cap:
+            rows.append({"step": step, "prompt": prompt, "completion": text, "answer": row["answer"]})
+    path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path.with_suffix(".writing").replace(path)
 
 
@@ -712,25 +611,23 @@ def main(args: Args) -> dict:
         sampler.sync()
         batch = shuffled_pass(questions, step, args.batch_size, args.seed)
         places = list(range(rank, args.batch_size, world))  # of this process's prompts in the batch
-        mine = [batch[p] for p in places]
-        prompts = [question["ids"] for question in mine]
+        prompts = [batch[p]["ids"] for p in places]
         groups = sampler.generate(prompts, budget, args.num_samples, args.temperature, seed, places)
         sampled = time.perf_counter()
 
-        # Grade them.
-        completions, texts, grades = read(tokenizer, mine, groups, args)
+        # Grade them: B = prompts × G completions, each with its question.
+        asked = [batch[p] for p in places for _ in range(args.num_samples)]
+        completions, texts, grades = read(tokenizer, asked, sum(groups, []), args)
         rewards = [reward(found, c.stopped) for found, c in zip(grades, completions)]
-        rewards = torch.tensor(rewards).view(len(mine), -1)  # [P, G]
         if args.save_verified:
-            asked = [question["row"] for question in mine for _ in range(args.num_samples)]
-            found = dict(enumerate(zip(asked, texts, rewards.flatten().tolist()), rank * len(texts)))
-            found = [(row, text) for row, text, is_right in merged(found) if is_right]
+            right = [(question["row"], text) for question, text, r in zip(asked, texts, rewards) if r]
+            right = sum(merged({rank: right}), [])
             if rank == 0:
-                save_verified(run.folder / "verified.jsonl", step, found, args.keep_per_question, instruction)
-        graded = time.perf_counter()
+                save_verified(run.folder / "verified.jsonl", step, right, args.keep_per_question, instruction)
+        rewards = torch.tensor(rewards).view(len(places), -1)  # [P, G]
 
-        # The rollout as rows: B = prompts × G completions of at most T tokens, each row with its prompt.
-        prompts, ids = [p for p in prompts for _ in range(args.num_samples)], [c.ids for c in completions]  # detail 2
+        # The rollout as rows of at most T tokens.
+        prompts, ids = [question["ids"] for question in asked], [c.ids for c in completions]  # detail 2
         sampler_logprobs = pad_rows([torch.tensor(c.logprobs) for c in completions]).to(device)  # [B, T]
         mask = pad_rows([torch.ones(len(c.ids)) for c in completions]).to(device)  # [B, T]
         means.add("policy/entropy", -sampler_logprobs, mask)
@@ -803,8 +700,7 @@ def main(args: Args) -> dict:
         means.add("completions/length_mean", [len(c.ids) for c in completions])
         means.add("completions/truncated_fraction", [not c.stopped for c in completions])
         metrics, samples = means.over_processes(device), []
-        metrics |= {"optim/learning_rate": rate, "time/sample": sampled - began, "time/grade": graded - sampled}
-        metrics |= {"time/train": done - graded}
+        metrics |= {"optim/learning_rate": rate, "time/sample": sampled - began, "time/train": done - sampled}
         if due(step, args.eval_every, args.steps):
             scores, samples = measure()
             metrics |= scores
