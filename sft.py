@@ -1,16 +1,15 @@
 """Supervised fine-tuning: imitate demonstrations, the first stage of post-training.
 
-A demonstration is a conversation; the model learns to produce what the assistant wrote in it, token by token, the
-token that ends the turn included.
+The model learns to produce what the assistant wrote in a conversation, the token that ends each turn included.
 
     loss = − Σ_t m_t · log π(y_t | y_<t)  /  Σ_t m_t        m_t = 1 on the assistant's tokens, else 0
 
-Signal: what people, or a better model, wrote. Optimizer: likelihood. Leash: none but a small learning rate and few
-epochs. Defence against reward hacking: there is no reward to hack, only data to copy.
+Signal: what people or a better model wrote. Optimizer: likelihood. Leash: few epochs. Defence: no reward to hack.
 
     python sft.py                                                  # embedded model and data, a minute on a laptop
     python sft.py --model Qwen/Qwen2.5-0.5B                        # GSM8K on one GPU
     torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen2.5-7B --dataset allenai/tulu-3-sft-mixture
+    python sft.py --self-instruct 200     # on rows that it invents; with --revise FILE on answers that it has revised
 
 Normal: `loss/train` falls fast, then slowly; `eval/loss` follows until the demonstrations are known by heart, then
 turns up: take fewer epochs. `eval/accuracy`, of held-out rows with an answer, may rise when the loss stands still.
@@ -25,7 +24,7 @@ Details that decide whether it works, marked in the code under their numbers:
  6. NEFTune's noise scales with the document's own length, not with the packed row's.
  7. All randomness is a function of seed and step: a resumed run repeats the uninterrupted one bit for bit.
 
-Papers: FLAN arXiv:2109.01652 (mixing), InstructGPT 2203.02155, NEFTune 2310.05914.
+Papers: FLAN arXiv:2109.01652, InstructGPT 2203.02155, NEFTune 2310.05914, Self-Instruct 2212.10560, CAI 2212.08073.
 """
 
 import gc
@@ -47,7 +46,7 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from common.generation import Sampler, evaluate_answers
+from common.generation import Sampler, Speaker, evaluate_answers, revise, self_instruct
 from common.kl import clip_gradients, context_length, load_model, token_logprobs
 from common.tokenizer import (
     TINY,
@@ -79,6 +78,9 @@ class Args:
     loss_on: Literal["assistant", "all"] = "assistant"  # which tokens are trained
     mixture_cap: int = 3000  # several data sets: a larger one is drawn from as if it had this many rows (FLAN)
     mixture_rows: int = 30_000  # several data sets: rows used of each (FLAN)
+    self_instruct: int = 0  # invent as many rows like those of --dataset, and train on these (Self-Instruct)
+    examples: int = 3  # of --dataset, shown before each invented row; with 0 only the template is (Magpie)
+    revise: str | None = None  # file, a principle a line: train on revised answers to --dataset (Constitutional AI)
     neftune_alpha: float = 0.0  # scale of the uniform noise on embeddings, 5 to 15 in the paper; 0 is off
 
     # optimisation
@@ -108,7 +110,7 @@ class Args:
 
 EMBEDDED = Args(  # what runs where no --model is given: a minute on two cores
     model=f"{TINY}", dataset=(f"{TINY}/demonstrations_train.jsonl",), eval_dataset=f"{TINY}/demonstrations_test.jsonl",
-    eval_rows=128, max_length=256, microbatch_tokens=4096, learning_rate=5e-4, eval_every=40,
+    eval_rows=128, max_length=256, examples=0, microbatch_tokens=4096, learning_rate=5e-4, eval_every=40,
 )  # fmt: skip
 
 
@@ -155,37 +157,50 @@ def main(args: Args) -> dict:
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % world == 0, "--batch-size must be a multiple of the processes"
+    assert not (args.self_instruct and args.revise), "--self-instruct and --revise both make the rows: take one"
 
     # Conversations as ids and masks, details 1 and 2. Held-out rows with an answer are also questions to sample from.
     tokenizer, length = load_tokenizer(args.model, args.today), min(args.max_length, context_length(args.model))
     ensure_chat_template(tokenizer, args.chat_template)
     encode = partial(encode_conversations, tokenizer, max_length=length, loss_on=args.loss_on)
-    sources = [load_rows(name) for name in args.dataset]
+    shown = {"loss/train": "loss", "eval/loss": "held-out loss", "eval/accuracy": "accuracy"}
+    run = Run(args, rank, shown) if args.self_instruct or args.revise else None  # where the rows made are kept
+    made = run and run.folder / ("revisions.jsonl" if args.revise else "self_instruct.jsonl")
+    if made and not made.exists():
+        make, how = (revise, (args.revise,)) if args.revise else (self_instruct, (args.self_instruct, args.examples))
+        make(made, args.dataset, Speaker(args.model, tokenizer, device, bfloat16, length // 2, args.seed), *how)
+    names = (f"{made}",) if made else args.dataset
+    sources = [load_rows(name) for name in names]
     if len(sources) > 1:
         sources = [rows.shuffle(args.seed).select(range(min(len(rows), args.mixture_rows))) for rows in sources]
-    train = [encode(rows, name) for rows, name in zip(sources, args.dataset)]
+    train = [encode(rows, name) for rows, name in zip(sources, names)]
     if args.eval_dataset:
         held_out_rows = load_rows(args.eval_dataset, args.eval_rows)
         held_out = encode(held_out_rows, args.eval_dataset)
     else:
         train, held_out = hold_out(train, args.eval_rows, args.seed)
         held_out_rows = sources[0].select(held_out["index"][:])
-    # Half of a text's length is for the question, half for the sample.
-    questions = encode_questions(tokenizer, held_out_rows, "questions", length // 2, required=False)
+    questions = encode_questions(tokenizer, held_out_rows, "questions", length // 2, required=False)  # half: samples
     sizes = [len(rows) for rows in train]
     args.steps = args.steps or max(1, math.ceil(args.epochs * sum(sizes) / args.batch_size))
     draws, weights = args.steps * args.batch_size, mixture_weights(sizes, args.mixture_cap)  # detail 5
     order, train = training_order(sizes, weights, draws, args.seed), concatenate_datasets(train)
     if len(sizes) > 1 and rank == 0:
-        smallest = sizes.index(min(sizes))
-        times = float(weights[smallest]) * draws / sizes[smallest]
-        print(f"{args.dataset[smallest]}, the smallest set with {sizes[smallest]} rows, is seen {times:.2g} times.")
+        size, weight, name = min(zip(sizes, weights.tolist(), names))
+        print(f"{name}, the smallest set with {size} rows, is seen {weight * draws / size:.2g} times.")
 
     model = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
     stops = stop_token_ids(tokenizer, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
-    noise_lengths = add_neftune(model, args.neftune_alpha) if args.neftune_alpha else []  # set before each forward
-    run = Run(args, rank, {"loss/train": "loss", "eval/loss": "held-out loss", "eval/accuracy": "accuracy"})
+    noise_lengths = []  # of the documents whose embeddings get noise; set before each forward
+    run = run or Run(args, rank, shown)
+
+    def add_noise(module, inputs, output):
+        if noise_lengths:
+            return output + neftune_noise(noise_lengths[0], output.shape[-1], args.neftune_alpha).to(output.dtype)
+
+    if args.neftune_alpha:
+        model.get_input_embeddings().register_forward_hook(add_noise)
 
     def logprobs_of(rows: dict, part: list[int]) -> torch.Tensor:
         packed = pack([Segment(rows["ids"][i], rows["mask"][i]) for i in part]).to(device)  # detail 3
@@ -200,13 +215,12 @@ def main(args: Args) -> dict:
         mine = held_out[places or [0]]
         for part, weight in microbatches(mine["ids"], None, args.microbatch_tokens, range(len(places))):
             means.add("eval/loss", -logprobs_of(mine, part), weight)
-        scores, samples = means.over_processes(device), []
-        if len(questions):
-            sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32)  # freed in between
-            sampling = (length - length // 2, args.eval_samples, 1.0, args.seed)
-            answers, samples = evaluate_answers(sampler, tokenizer, questions, *sampling, rank, world)
-            scores |= answers
-        return scores, samples
+        if not len(questions):
+            return means.over_processes(device), []
+        sampler = Sampler(model, stops, torch.bfloat16 if bfloat16 else torch.float32)  # freed in between
+        sampling = (length - length // 2, args.eval_samples, 1.0, args.seed)
+        scores, samples = evaluate_answers(sampler, tokenizer, questions, *sampling, rank, world)
+        return means.over_processes(device) | scores, samples
 
     finished = run.load(model, optimizer) if args.resume else 0  # steps
     if not finished:
@@ -219,36 +233,22 @@ def main(args: Args) -> dict:
         targets = total(sum(sum(mask[1:]) for mask in batch["mask"]), device)
         for part, weight in microbatches(batch["ids"], None, args.microbatch_tokens):  # weight 0: only keeps in step
             logprobs = logprobs_of(batch, part)
-            loss = sft_loss(logprobs, targets) * weight
-            (loss * world).backward()  # gradients are averaged over processes, the loss is a sum over them
+            (sft_loss(logprobs, targets) * weight * world).backward()  # gradients are averaged over processes
             means.add("loss/train", -logprobs, weight)
         optimizer.param_groups[0] |= {"lr": learning_rate(step, args), "weight_decay": args.weight_decay}
         means.add("optim/grad_norm", clip_gradients(model, args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics, samples = means.over_processes(device) | {"optim/learning_rate": learning_rate(step, args)}, []
+        metrics = means.over_processes(device) | {"optim/learning_rate": learning_rate(step, args)}
         tokens, elapsed = total(sum(map(len, batch["ids"])), device), time.perf_counter() - began
         metrics |= {"time/step": elapsed, "throughput/tokens_per_second": tokens / elapsed}
-        if due(step, args.eval_every, args.steps):
-            scores, samples = evaluate()
-            metrics |= scores
-        run.log(step, metrics, samples)
+        scores, samples = evaluate() if due(step, args.eval_every, args.steps) else ({}, [])
+        run.log(step, metrics | scores, samples)
         if due(step, args.save_every, args.steps):
             run.save(step, model, optimizer)
 
     return run.finish(model, tokenizer, stops, bfloat16)
-
-
-def add_neftune(model, alpha: float) -> list[torch.Tensor]:
-    """Make the embedding layer add NEFTune's noise while the list that this returns holds document lengths [N]."""
-    lengths: list[torch.Tensor] = []
-
-    def add_noise(module, inputs, output):
-        return output + neftune_noise(lengths[0], output.shape[-1], alpha).to(output.dtype) if lengths else output
-
-    model.get_input_embeddings().register_forward_hook(add_noise)
-    return lengths
 
 
 # ================================================================ plumbing: the same in every script, not the algorithm

@@ -19,14 +19,19 @@ and on nothing else: the same seed gives the same samples in whatever order, bat
 from __future__ import annotations
 
 import copy
+import json
 import math
+import random
 import re
 import sys
 import warnings
 import weakref
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, chain
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,7 +41,17 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import kl
-from common.tokenizer import first_line
+from common.tokenizer import (
+    first_line,
+    load_rows,
+    merged,
+    opening_text,
+    read_conversation,
+    read_row,
+    stop_token_ids,
+    tell,
+    user_opening,
+)
 
 
 class Completion(NamedTuple):
@@ -762,3 +777,121 @@ def answer_metrics(answered: dict, tokenizer, device) -> tuple[dict, list[dict]]
     if known:
         metrics = {"eval/accuracy": right / known, "eval/accuracy_greedy": right_greedy / known, **metrics}
     return metrics, samples
+
+
+# ---------------------------------------------------------------------------------------------- rows a model makes
+
+UNFIT = {  # the paper's filters: what a question is that begins like this
+    "of 3 words or fewer or over 150": r"(\S+\s+){0,2}\S+$|(\S+\s+){150}\S",
+    "for more than text": r"(?is).*\b((image|picture|graph|chart|diagram|map|file|video)s?|draw|plot|audio|music)\b",
+    "for a program": r"Write a program",
+    "opened by no letter or digit": r"[^A-Za-z0-9]",
+}
+CRITIQUE = "Criticise your last answer by this principle: {principle} Say in which points it falls short."
+REVISION = "Rewrite that answer so that it follows your criticism. Reply with the rewritten answer alone."
+
+
+class Speaker:
+    """The model at `path`, which takes turns of at most `budget` tokens in chats."""
+
+    def __init__(self, path: str, tokenizer, device, bfloat16: bool, budget: int, seed: int):
+        model, dtype = kl.load_model(path, device), torch.bfloat16 if bfloat16 else torch.float32
+        self.sampler, self.tokenizer = Sampler(model, stop_token_ids(tokenizer, model), dtype), tokenizer
+        self.budget, self.context, self.seed, self.calls = budget, kl.context_length(path), seed, 0
+
+    def __call__(self, chats: dict[int, list[dict]], role: str) -> dict[int, list[dict]]:
+        """The chats, by number, with a further turn of `role`; without those whose turn has no room, is empty, or did
+        not end by itself. The processes share the work, and all get all."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        is_user, asked, said, self.calls = role == "user", {}, {}, self.calls + 1
+        for number in [*chats][rank::world]:
+            with suppress(Exception):  # templates refuse what they like
+                opening, other = (user_opening if is_user else opening_text)(self.tokenizer, chats[number])
+                ids = self.tokenizer.backend_tokenizer.encode(opening, add_special_tokens=False).ids
+                asked |= {number: (ids, other)} if len(ids) < self.context else {}
+        prompts = [ids for ids, _ in asked.values()]
+        budgets = [min(self.budget, self.context - len(ids)) for ids in prompts]
+        with tqdm(total=len(asked), desc="making rows", leave=False, disable=None) as bar:
+            options = {"seed": self.seed * 1009 + self.calls, "indices": [*asked], "progress": bar.update}
+            drawn = self.sampler.generate(prompts, budgets, **options)
+        for (number, (_, other)), (completion,) in zip(asked.items(), drawn):
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=not is_user)
+            text, *rest = re.split(other, text, maxsplit=1) if is_user else [other + text]
+            if text.strip() and (completion.stopped or rest):
+                said[number] = number, [*chats[number], {"role": role, "content": text.strip()}]
+        return dict(merged(said))
+
+
+def self_instruct(path: Path, sources, speak: Speaker, wanted: int, examples: int) -> None:
+    """Write to `path` up to `wanted` rows that the model invents: it continues chats of `examples` rows by a question
+    and its answer. Of at most 8 candidates a row, those are kept that are not `UNFIT`, by filters that most seeds pass,
+    and whose question has a ROUGE-L of at most 0.7 with every other (Self-Instruct, arXiv:2212.10560)."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
+    except ImportError:
+        sys.exit("--self-instruct needs rouge-score: pip install rouge-score.")
+    rng, scorer, split = random.Random(speak.seed), RougeScorer(["rougeL"]), DefaultTokenizer().tokenize
+    pool, rows, dropped, tried = [], [], Counter(), 0
+    for said in _conversations(sources, ""):
+        pairs = [pair for pair in zip(said, said[1:]) if [turn["role"] for turn in pair] == ["user", "assistant"]]
+        pool += pairs[:1]
+    known = {asked["content"]: Counter(split(asked["content"])) for asked, _ in pool}
+    filters = [what for what, rule in UNFIT.items() if 2 * sum(bool(re.match(rule, q)) for q in known) < len(known)]
+    while pool and len(rows) < wanted and tried < 8 * wanted:
+        numbers = range(tried, min(tried + wanted - len(rows), 8 * wanted))
+        chats = {i: [*chain(*rng.sample(pool, min(examples, len(pool))))] for i in numbers}
+        chats, tried = speak(speak(chats, "user"), "assistant"), numbers.stop
+        dropped["cut or empty"] += len(numbers) - len(chats)
+        for *_, asked, answer in chats.values():
+            question, words = asked["content"], Counter(split(asked["content"]))
+            faults = [what for what in filters if re.match(UNFIT[what], question)]
+            for other, theirs in known.items():  # words in common bound the longest common subsequence
+                if not faults and 2 * (words & theirs).total() > 0.7 * (words.total() + theirs.total()):
+                    faults += ["not new"] * (scorer.score(other, question)["rougeL"].fmeasure > 0.7)
+            dropped.update(faults[:1])
+            if not faults:
+                known[question] = words
+                pool.append((asked, answer))
+                rows.append({"prompt": question, "completion": answer["content"]})
+    _write_rows(path, rows, f"{wanted} rows, from {tried} candidates", dropped)
+
+
+def revise(path: Path, sources, speak: Speaker, principles: str) -> None:
+    """Write to `path`, for every prompt, the model's `draft` of an answer, its `critique` of that by a `principle`, a
+    line of a file, and its revision as `completion` (Constitutional AI, arXiv:2212.08073, section 3)."""
+    rng, lines = random.Random(speak.seed), list(filter(str.strip, Path(principles).read_text().splitlines()))
+    prompts = [said[:-1] if said[-1]["role"] == "assistant" else said for said in _conversations(sources, "-")]
+    drawn, rows = [rng.choice(lines) for _ in prompts], []
+    chats = speak(dict(enumerate(prompts)), "assistant")
+    for request in (CRITIQUE, REVISION):
+        asked = {i: {"role": "user", "content": request.format(principle=drawn[i])} for i in chats}
+        chats = speak({i: [*chat, asked[i]] for i, chat in chats.items()}, "assistant")
+    for i, chat in chats.items():
+        draft, critique, revision = (message["content"] for message in chat[-5::2])
+        row = {"prompt": prompts[i], "draft": draft, "principle": drawn[i], "critique": critique}
+        rows.append(row | {"completion": revision})
+    _write_rows(path, rows, f"{len(prompts)} prompts", Counter({"cut or empty": len(prompts) - len(rows)}))
+
+
+def _conversations(sources, answer: str) -> list[list[dict]]:
+    """What the rows that can be read demonstrate, with `answer` where they have none."""
+    read = []
+    for row in chain(*map(load_rows, sources)):
+        with suppress(Exception):  # whatever a row may be
+            said = read_conversation({"answer": answer} | read_row(row))
+            read += [said] if isinstance(said, list) else []
+    return read
+
+
+def _write_rows(path: Path, rows: list[dict], of: str, dropped: Counter) -> None:
+    """Write rows that all processes have, under another name at first: a killed run leaves no broken file."""
+    reasons = ", ".join(f"{count} {why}" for why, count in dropped.most_common() if count) or "none"
+    tell(f"{path.name}: {len(rows)} of {of}; dropped: {reasons}.")
+    if not rows:
+        sys.exit("There is nothing to train on.")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.with_suffix(".writing").rename(path)
+    if dist.is_initialized():
+        dist.barrier()

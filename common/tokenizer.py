@@ -265,6 +265,15 @@ def opening_text(tokenizer, prompt: str | list[dict], tools: list | None = None)
     return text + prefill, opens + prefill
 
 
+def user_opening(tokenizer, messages: list[dict]) -> tuple[str, str]:
+    """A chat as text up to where the user's next turn begins, and a pattern that matches where such a turn ends: at a
+    control token, or at what the template puts between it and the answer."""
+    asked = [*defused(tokenizer, messages), {"role": "user", "content": "QUESTION"}]
+    opening, _, closing = _render(tokenizer, asked, None, True).rpartition("QUESTION")
+    ends = filter(None, [control_tokens(tokenizer).pattern, re.escape(closing.strip())])
+    return opening.rstrip(" "), "|".join(ends)  # a space belongs to the first token of what follows
+
+
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids to continue by sampling (see `opening_text`)."""
     text, _ = opening_text(tokenizer, prompt, tools)
@@ -309,13 +318,18 @@ def load_rows(source: str, limit: int | None = None):
 
 
 def read_row(row: dict) -> dict:
-    """A row as a dict without nulls, with its `tools` decoded from JSON. Raises ValueError if it is not an object."""
+    """A row as a dict without nulls, with its `tools` decoded from JSON, and with `prompt` and `completion` if it has
+    the columns of Alpaca or Self-Instruct. Raises ValueError if it is not an object."""
     row = json.loads(row[JSON_LINE] or "null") if JSON_LINE in row else dict(row)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     row = without_nulls(row)
     if isinstance(row.get("tools"), str):
         row["tools"] = json.loads(row["tools"] or "[]")
+    if "instruction" in row and not {*CHAT, *PROMPT} & set(row):
+        instance = (row.get("instances") or [row])[0]
+        row["prompt"] = "\n\n".join(filter(None, [row["instruction"], instance.get("input")]))
+        row |= {"completion": instance["output"]} if "output" in instance else {}
     return row
 
 
