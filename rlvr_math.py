@@ -18,8 +18,7 @@ guess, no half answer, and for a number only a number.
     python rlvr_math.py --model Qwen/Qwen2.5-1.5B --template r1_zero         # a base model, as R1-Zero
     python rlvr_math.py --model runs/rlvr_math/latest/model --steps 0 --eval-samples 16 --reranker RM    # evaluate only
     torchrun --nproc-per-node 8 rlvr_math.py --model Qwen/Qwen2.5-7B --dataset DigitalLearningGmbH/MATH-lighteval
-
-For others: `from rlvr_math import grade; grade("so \\boxed{1/2}", "0.5").correct`.
+    python -c 'from rlvr_math import grade; print(grade("#### 1/2", "0.5"))'                             # the verifier
 
 Normal: `eval/accuracy` (pass@1, ± `eval/accuracy_margin`) and `eval/completion_length` rise together where thinking
 pays; maj@k lies above it until `policy/entropy` falls. `eval/pass@8` that stands still while accuracy rises: the
@@ -35,8 +34,7 @@ Details that decide whether it works, marked in the code under their numbers:
  7. Losses are divided by counts of the whole optimizer step; rows without advantage need no forward without a KL.
  8. pass@k is the unbiased estimator; an absent answer is no vote.
 
-Papers: DeepSeek-R1 arXiv:2501.12948, RLOO 2402.14740, GRPO 2402.03300, Dr. GRPO 2503.20783, STaR 2203.14465, s1
-2501.19393.
+Papers: R1 arXiv:2501.12948, RLOO 2402.14740, GRPO 2402.03300, Dr. GRPO 2503.20783, STaR 2203.14465, s1 2501.19393.
 """
 
 import gc  # noqa: I001 (sorted, the two lines from common.tokenizer would be twelve)
@@ -439,12 +437,9 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
 
 def first_right(completions: list[Completion], right: torch.Tensor, cap: int) -> torch.Tensor:
     """Expert iteration's reward [P, G]: 1 for a right completion that is no copy, up to `cap` of a question."""
-    kept = torch.zeros_like(right)
-    for p, row in enumerate(right.tolist()):
-        ids = [tuple(c.ids) for c in completions[p * len(row) : (p + 1) * len(row)]]
-        new = [g for g, is_right in enumerate(row) if is_right and ids.index(ids[g]) == g]
-        kept[p, new[:cap]] = 1.0
-    return kept
+    said = [(i // right.shape[1], c.ids) for i, c in enumerate(completions)]  # a copy is one of the same question
+    new = torch.tensor([said.index(one) == i for i, one in enumerate(said)]).view(right.shape) * right
+    return new * (new.cumsum(1) <= cap)
 
 
 ALGORITHMS = {  # advantage, where the ratio to the old policy is taken, what token losses are divided by
@@ -457,11 +452,8 @@ ALGORITHMS = {  # advantage, where the ratio to the old policy is taken, what to
 
 
 def token_losses(logprobs, old_logprobs, advantages, mask, ratio: str, clip_low: float, clip_high: float):
-    """Token losses and ratios [B, T]. logprobs, old_logprobs, mask [B, T]; advantages [B, 1].
-
-    none: −A·log π; token: the clipped surrogate of every token; sequence: that of the whole completion, clipped once
-    and spread evenly over its tokens.
-    """
+    """Token losses and ratios [B, T]. logprobs, old_logprobs, mask [B, T]; advantages [B, 1]. The ratio is that of each
+    token, or of the whole sequence, whose surrogate is spread evenly over its tokens; else a loss is −A·log π."""
     log_ratio = (logprobs - old_logprobs) * mask
     if ratio == "none":
         return -advantages * logprobs, log_ratio.exp().detach()
@@ -485,11 +477,8 @@ def mean_loss(losses, mask, how: str, sequences: int, tokens: float, max_tokens:
 
 def winner(ballots: list, weights: list[float]):
     """The answer with the largest sum of weights, the one found first among equals; an absent one, "", is no vote."""
-    totals = dict.fromkeys(filter(None, ballots), 0.0)
-    for ballot, weight in zip(ballots, weights):
-        if ballot:  # detail 8
-            totals[ballot] += weight
-    return max(totals, key=totals.get, default="")
+    totals = {ballot: sum(w for b, w in zip(ballots, weights) if b == ballot) for ballot in ballots if ballot}
+    return max(totals, key=totals.get, default="")  # detail 8
 
 
 def until_answer(tokenizer, completion: Completion) -> Completion:
@@ -511,7 +500,6 @@ def force_answers(sampler, tokenizer, answered: dict, args: Args) -> None:
         group[g] = Completion(ids + rest.ids, [], rest.stopped)
 
 
-@torch.no_grad()
 def evaluate(sampler, tokenizer, questions, reranker, args: Args, rank: int, world: int) -> tuple[dict, list[dict]]:
     """Accuracy on held-out questions, and what more samples, a reranker and a thinking budget make of it: metrics over
     all processes, and samples for the log."""
@@ -535,11 +523,9 @@ def evaluate(sampler, tokenizer, questions, reranker, args: Args, rank: int, wor
             if reranker:
                 row[f"eval/weighted@{k}"] = winner(ballots[:k], scores) is True
                 row[f"eval/best@{k}"] = ballots[max(range(k), key=lambda j: (ballots[j] != "", scores[j]))] is True
-        asked, gold = tokenizer.decode(question["ids"], skip_special_tokens=True), question["row"]["answer"]
-        samples = [
-            {"prompt": asked, "completion": text, "reward": float(g.correct is True), "gold": gold, "score": score}
-            for text, g, score in zip(texts, grades, scores)
-        ]
+        prompt = tokenizer.decode(question["ids"], skip_special_tokens=True)
+        asked, said = {"prompt": prompt, "gold": question["row"]["answer"]}, zip(texts, ballots, scores)
+        samples = [{**asked, "completion": text, "reward": float(b is True), "score": score} for text, b, score in said]
         found[place] = row, samples if args.steps == 0 else samples[:1]
     rows, samples = zip(*merged(found))
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
@@ -620,10 +606,9 @@ def main(args: Args) -> dict:
         completions, texts, grades = read(tokenizer, asked, sum(groups, []), args)
         rewards = [reward(found, c.stopped) for found, c in zip(grades, completions)]
         if args.save_verified:
-            right = [(question["row"], text) for question, text, r in zip(asked, texts, rewards) if r]
-            right = sum(merged({rank: right}), [])
+            right = merged({rank: [(q["row"], text) for q, text, r in zip(asked, texts, rewards) if r]})
             if rank == 0:
-                save_verified(run.folder / "verified.jsonl", step, right, args.keep_per_question, instruction)
+                save_verified(run.folder / "verified.jsonl", step, sum(right, []), args.keep_per_question, instruction)
         rewards = torch.tensor(rewards).view(len(places), -1)  # [P, G]
 
         # The rollout as rows of at most T tokens.
@@ -663,7 +648,7 @@ def main(args: Args) -> dict:
         advantages = advantage(credit).view(-1, 1).to(device)  # [B, 1]
 
         # Update.
-        rate = learning_rate(step, args)
+        rate, clip = learning_rate(step, args), (args.clip_low, args.clip_high)
         for update, rows in enumerate(minibatches):
             tokens, sequences = total(mask[rows].sum(), device), args.batch_size // args.minibatches * args.num_samples
             for part, weight in split(rows):  # weight: 0 for a copy that only keeps step with other processes, else 1
@@ -672,9 +657,7 @@ def main(args: Args) -> dict:
                     old_logprobs[part] = logprobs.detach()
                 old, acted = old_logprobs[part], mask[part] * weight
                 gap = old - sampler_logprobs[part]
-                losses, ratio = token_losses(
-                    logprobs, old, advantages[part], acted, ratio_over, args.clip_low, args.clip_high
-                )
+                losses, ratio = token_losses(logprobs, old, advantages[part], acted, ratio_over, *clip)
                 if args.importance_cap:
                     losses = losses * gap.exp().clamp(max=args.importance_cap)
                 means.add("loss/policy", losses, acted)
