@@ -91,7 +91,7 @@ class Sampler:
 
     Args:
         model: the trained causal language model. It is sampled from directly where it can be; in another `dtype` or
-            when its weights are sharded over processes, from a copy that `sync` brings up to date.
+            when its weights are sharded or have adapters, from a copy that `sync` brings up to date.
         stop_ids: token ids that end a completion.
         dtype: of the matrix products and of keys and values; logits are float32 always.
         memory_gb: bound on keys and values, kept ones included; rows beyond it wait. Default: 4 on a CPU, else a fifth
@@ -108,8 +108,8 @@ class Sampler:
             print(f"notice: the fast sampler does not serve {name}; using model.generate instead.", file=sys.stderr)
         memory = torch.cuda.get_device_properties(self.device).total_memory / 5 if self.uses_graphs else 4e9
         self.memory_gb = memory_gb or memory / 1e9
-        is_spread, has_adapters = hasattr(next(model.parameters()), "full_tensor"), hasattr(model, "peft_config")
-        self.is_copy = is_spread or has_adapters or any(p.dtype != dtype for p in model.parameters())
+        is_other = any(hasattr(p, "full_tensor") or p.dtype != dtype for p in model.parameters())
+        self.is_copy = is_other or hasattr(model, "peft_config")
         if self.is_copy:
             with self.device:
                 self.model = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).requires_grad_(False)

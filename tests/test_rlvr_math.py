@@ -280,10 +280,10 @@ def test_the_kl_is_k1_in_rloos_reward_and_k3_in_other_losses(algorithm, tmp_path
     monkeypatch.setattr(rlvr_math, "evaluate", lambda *args: ({}, []))
     monkeypatch.setattr(rlvr_math, "reward", lambda *args: 0.5)
     loads, sums, policies, kls = [
-        spied(monkeypatch, name) for name in ("load_model", "mean_loss", "token_losses", "kl_estimate")
+        spied(monkeypatch, name) for name in ("frozen", "mean_loss", "token_losses", "kl_estimate")
     ]
     make = rlvr_math.Run
-    change = lambda *args: torch.nn.init.constant_(loads[1][-1].model.norm.weight, 1.5) is None or make(*args)  # noqa: E731
+    change = lambda *args: torch.nn.init.constant_(loads[0][-1].model.norm.weight, 1.5) is None or make(*args)  # noqa: E731
     monkeypatch.setattr(rlvr_math, "Run", change)  # what a run has after its models
     settings = {"algorithm": algorithm, "beta": 0.5, "batch_size": 1, "num_samples": 4, "importance_cap": 0.0}
     row = quick("rlvr_math", tmp_path, **settings)
