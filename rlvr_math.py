@@ -171,8 +171,8 @@ NUMBER = re.compile(
     r"(?P<sign>[-+ $€£]*)(?:(?P<whole>\d+) +(?=\d+ ?/))?"  # -$5, $-5, 3 1/2
     r"(?=\.?\d)(?P<digits>(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?)(?:\\(?:overline|bar)\{(?P<again>\d+)\}"
     r"| ?/ ?(?P<under>-?\d+)|(?:e| ?(?:\\times|\\cdot|\*) ?10\^)\{?(?P<power>[-+]?\d{1,3})\}?)?"
-    r"(?P<unit> ?[%$€£]| ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])(?: ?/ ?[a-z]+)?"
-    r"| [a-z]{3,}(?:(?: ?/ ?| )[a-z]+){0,3}|)(?: ?\^\{?[23]\}?)?"
+    r"(?P<unit> ?[%$€£]|(?: ?(?:k|[cmk]m|[km]g|ml|lbs?|oz|ft|in|hrs?|mph)(?![a-z])(?: ?/ ?[a-z]+)?"
+    r"| [a-z]{3,}(?:(?: ?/ ?| )[a-z]+){0,3})(?: ?\^\{?[23]\}?)?|)"
 )
 SCALES = dict(k=10**3, dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 SYMBOLS = {"$": "dollar", "%": "percent", "€": "euro", "£": "sterling", "/": "per"}

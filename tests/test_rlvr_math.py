@@ -19,12 +19,12 @@ from test_mathematics import close
 import rlvr_math
 from common.generation import Completion, Sampler
 from common.tokenizer import encode_prompt, load_questions, stop_token_ids
-from rlvr_math import WORKERS, grade, normal_form, number, stated_answer
+from rlvr_math import WORKERS, grade, normal_form, number, stated_answer, winner
 
 
 @pytest.mark.parametrize("text,answer", [
     ("so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed {18}", "18"), ("\\fbox{2}", "2"), ("\\boxed 2.", "2"),
-    ("$\\boxed 12$", "12"), ("\\boxed\\frac12", "\\frac12"),
+    ("<answer>\\boxed 12</answer>", "12"), ("\\boxed\\frac12", "\\frac12"),
     ("\\boxed{1} or rather \\boxed{2}", "2"), ("\\boxed{1}, \\boxed{2} and \\boxed{3}", "1, 2, 3"),
     ("\\boxed{1} or rather \\boxed{2", None),  # the last one is unbalanced: no falling back to the first
     ("\\boxed{{a}", None), ("\\boxed{}", None), ("\\boxed{5} or 6", None), ("\\boxed{18}\n\nSo 9*2=18.", "18"),
@@ -34,7 +34,7 @@ from rlvr_math import WORKERS, grade, normal_form, number, stated_answer
     ("<think>\\boxed{3}</think> <answer>4</answer>", "4"), ("<think>\\boxed{3}</think> so it is 4", None),
     ("<think>\\boxed{3}", None), ("<answer>3</answer><think>is it", "3"),  # reasoning that never ended
     ("I am sure that it is 42", None), ("A 5 kg bag", None), ("a is 5", None), ("", None),
-    ("they sell 5\nA: 18", "18"), ("**Answer:** $18", "$18"), ("Answer:\n5", "5"), ("Final answer:\n\n5", "5"),
+    ("they sell 5\nA: 18", "18"), ("**Answer:** $18", "$18"), ("Answer:\n5", "5"), ("The answer is:\n\n5", "5"),
     ("Therefore, the final answer is 18.", "18."), ("The correct answer is −3", "−3"), ("The answer is √2", "√2"),
     ("The answer is <5", "<5"), ("The answer is (3, 4).", "(3, 4)."), ("The answer is that 5 of them\nleft", None),
     ("The answer is Saturday.", "Saturday."), ("The correct answer is (C).", "(C)."),
@@ -78,7 +78,8 @@ WRONG = [("1234", answer) for answer in WRONG.split("|")] + [tuple(pair.split(" 
     "(376,1) ~ (47*8,1)|\\frac{\\pi}{2} ~ \\arcsin 1|1,2 ~ 1,2,2|\\sqrt{3} ~ \\tan\\frac{\\pi}{3}|"
     "60 ~ 5 dozen thousand|72 ~ 72 kg million|72 ~ 72 minus something|5 ~ 5 twelfths|5 ~ 5 xy|25 ~ 25 root|"
     "1234 ~ 1, 234|£5 ~ 5 lb|(1,2) ~ (2,1)|5 ~ 5 twentieths|1,2 ~ (1,2)|May 7 ~ 7 yam|1st ~ 1ts|5:30 ~ 1/6|"
-    "1101_2 ~ 1101_3|2516_8 ~ 2516|20 km/h ~ 20 km/s|x=1,2 ~ x=1,3|3:5 ~ 5:3"
+    "1101_2 ~ 1101_3|2516_8 ~ 2516|20 km/h ~ 20 km/s|x=1,2 ~ x=1,3|3:5 ~ 5:3|5 ~ 5^2|"
+    "5 ~ 5 fifths|10^{3} ~ 10|a_1-a_2 ~ a_2-a_1|(p,q)=(1,2) ~ (1,2,3)|(p,q)=(1,2,3) ~ (p,q)=(1,2)"
 ).split("|")]  # fmt: skip
 
 
@@ -106,7 +107,7 @@ a_n = 2n+1 ~ 2n+1 | \angle ABC = 60^\circ ~ 60^\circ | \text{Area} = 12 ~ 12 | 1
 \begin{pmatrix} 2 \\ 3 \end{pmatrix} ~ \begin{bmatrix}2\\3\end{bmatrix} | x^2-1 ~ (x-1)(x+1) | 2x+3y=6 ~ 4x+6y=12
 \frac{\sqrt2}{2} ~ \sqrt{\frac12} | 2^{1/3} ~ \sqrt[3]{2} | 3\pi ~ 3π | 2x-y+3=0 ~ y=2x+3 | \frac{1}{x}+C ~ \frac1x + C
 6\pi ~ 6\pi\text{ cm} | 2^{10} ~ 1024 | 1<x<2 ~ (1,2) | (-\infty,2] ~ x \in (-\infty,2] | 73 ~ 073 | 10:30 ~ 10:30
-0.3\pi ~ 0.1\pi+0.2\pi | \frac{1}{2}\ln 2 ~ \frac{\ln 2}{2}
+0.3\pi ~ 0.1\pi+0.2\pi | \frac{1}{2}\ln 2 ~ \frac{\ln 2}{2} | 10^{3} ~ 1000 | 1 \frac12 ~ 1.5 | ab+cd ~ cd+ab
 """,
     False: r"""
 \frac{1}{2^{99}} ~ \frac{1}{2^{98}} | 1.6\times 10^{-19} ~ -1.6\times 10^{-19} | 10^{-20} ~ 3 \cdot 10^{-20}
@@ -176,7 +177,8 @@ def test_rlvr_math_detail_6_t30_a_bomb_costs_its_limit_and_blocks_nobody(monkeyp
     pending = WORKERS.submit(grade, "\\boxed{9^{9^{9}}}", "\\sqrt{2}")
     time.sleep(0.1)
     assert grade("#### 5", "5").correct and grade("\\boxed{z+1}", "1+z").correct
-    assert list(WORKERS.map(grade, [f"\\boxed{{{n}+x}}" for n in range(9)], [f"x+{n}" for n in range(9)]))[8].correct
+    found = WORKERS.map(grade, [f"\\boxed{{{n}+x}}" for n in range(8)], [f"x+{n // 2 * 2}" for n in range(8)])
+    assert [one.correct for one in found] == [True, False] * 4
     assert not pending.done() and pending.result() == (False, "9^{9^{9}}", "timeout")
     monkeypatch.setattr(rlvr_math, "LIMIT", 1.0)
     began = time.monotonic()
@@ -236,13 +238,6 @@ def test_no_worker_outlives_its_parent():
     assert not left or all("zombie" in Path("/proc", worker, "status").read_text() for worker in left)
 
 
-def test_t30_grading_works_in_threads_of_ones_own():
-    rlvr_math.is_equal.cache_clear()
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(grade, [f"\\boxed{{{n}+y}}" for n in range(12)], [f"y+{n // 2 * 2}" for n in range(12)]))
-    assert [g.correct for g in found] == [True, False] * 6
-
-
 def spied(monkeypatch, name: str) -> list:
     """Arguments and results of a function of rlvr_math that a run calls."""
     calls, real = [], getattr(rlvr_math, name)
@@ -279,12 +274,15 @@ def test_the_kl_is_k1_in_rloos_reward_and_k3_in_other_losses(algorithm, tmp_path
     """All rewards are equal, and the reference is another model: only the KL is left."""
     monkeypatch.setattr(rlvr_math, "evaluate", lambda *args: ({}, []))
     monkeypatch.setattr(rlvr_math, "reward", lambda *args: 0.5)
-    loads, sums, policies, kls = [
-        spied(monkeypatch, name) for name in ("frozen", "mean_loss", "token_losses", "kl_estimate")
-    ]
-    make = rlvr_math.Run
-    change = lambda *args: torch.nn.init.constant_(loads[0][-1].model.norm.weight, 1.5) is None or make(*args)  # noqa: E731
-    monkeypatch.setattr(rlvr_math, "Run", change)  # what a run has after its models
+    sums, policies, kls = [spied(monkeypatch, name) for name in ("mean_loss", "token_losses", "kl_estimate")]
+    load = rlvr_math.frozen
+
+    def other(*args):
+        reference = load(*args)
+        torch.nn.init.constant_(reference.model.norm.weight, 1.5)
+        return reference
+
+    monkeypatch.setattr(rlvr_math, "frozen", other)
     settings = {"algorithm": algorithm, "beta": 0.5, "batch_size": 1, "num_samples": 4, "importance_cap": 0.0}
     row = quick("rlvr_math", tmp_path, **settings)
     (_, old, advantages, mask, *_, (policy_losses, ratio)), (_, ref, *_, k3) = policies[0], kls[0]
@@ -380,22 +378,16 @@ def test_verified_samples_are_data_for_sft(tmp_path):
     assert quick("sft", tmp_path / "sft", dataset=(verified,), eval_dataset=verified)["loss/train"] > 0
 
 
-def test_t27_t28_t29_rlvr_math_detail_8_pass_at_k_and_votes():
-    for n, right, k in ((5, 2, 2), (5, 4, 2), (8, 0, 4), (8, 3, 1), (6, 2, 3)):
-        subsets = list(combinations(range(n), k))
-        share = sum(any(i < right for i in subset) for subset in subsets) / len(subsets)
-        assert rlvr_math.pass_at_k(n, right, k) == pytest.approx(share)
-    assert rlvr_math.vote([7, 7, 9], [1.0] * 3) == 7 and rlvr_math.vote([7, 7, 9], [0.2, 0.3, 0.6]) == 9
-    assert rlvr_math.vote([None, None, 1], [1.0] * 3) == 1 and rlvr_math.vote([None], [1.0]) is None
-    assert rlvr_math.vote([1, 2, 2, 1], [1.0] * 4) == 1  # of equals the first
-    said = ("#### 5", "#### 5.0", "#### 6", "none", "\\boxed{6.0}", "#### 7", "#### 6x")
-    assert rlvr_math.number_answers([grade(text, "5") for text in said]) == [0, 0, 1, None, 1, 2, 3]
+def test_t28_t29_votes():
+    assert winner(["7", "7", "9"], [1.0] * 3) == "7" and winner(["7", "7", "9"], [0.2, 0.3, 0.6]) == "9"
+    assert winner(["", "", True], [1.0] * 3) is True and winner([""], [1.0]) == ""
+    assert winner(["1", "2", "2", "1"], [1.0] * 4) == "1"  # of equals the first
 
 
-def test_evaluation_by_hand(monkeypatch, tokenizer):
+def test_t27_rlvr_math_detail_8_evaluation_by_hand(monkeypatch, tokenizer):
     """Two questions with four samples each, and the greedy one behind them."""
-    said = [["7", "7", "5", "5", "5"], ["5", "-", "-", "5", "6"]]
-    scores = {"7": 1.0, "5": 3.0, "-": 9.0, "6": 0.0}
+    said = [["7", "07", "5", "5", "5"], ["5", "-", "-", "5", "6"]]
+    scores = {"7": 1.0, "07": 1.0, "5": 3.0, "-": 9.0, "6": 0.0}
     found = {}
     for place, answers in enumerate(said):
         texts = [f"<answer>{answer}</answer>" if answer != "-" else "-" for answer in answers]
@@ -405,28 +397,31 @@ def test_evaluation_by_hand(monkeypatch, tokenizer):
     reranker = lambda row, texts: torch.tensor([scores[text.strip("</answer>")] for text in texts])  # noqa: E731
     args, sampler = rlvr_math.Args(eval_samples=4, steps=1), SimpleNamespace(sync=lambda: None)
     row, samples = rlvr_math.evaluate(sampler, tokenizer, [], reranker, args, 0, 1)
-    expected = {"accuracy": 0.5, "accuracy_greedy": 0.5, "completion_length": 2.5, "truncated_fraction": 0.25}
-    expected |= {"pass@2": 5 / 6, "pass@4": 1.0, "maj@2": 0.5, "maj@4": 0.5, "weighted@2": 0.5, "weighted@4": 1.0}
-    expected |= {"best@2": 0.5, "best@4": 1.0, "accuracy_margin": 0.0}
+    pairs = ["5" in pair for answers in said for pair in combinations(answers[:4], 2)]
+    expected = {"accuracy": 0.5, "accuracy_greedy": 0.5, "completion_length": 2.625, "truncated_fraction": 0.25}
+    expected |= {"pass@2": sum(pairs) / 12, "pass@4": 1.0, "maj@2": 0.5, "maj@4": 0.5, "best@2": 0.5, "best@4": 1.0}
+    expected |= {"weighted@2": 0.5, "weighted@4": 1.0, "accuracy_margin": 0.0}
     assert row == pytest.approx({f"eval/{name}": value for name, value in expected.items()})
     assert [sample["reward"] for sample in samples] == [0.0, 1.0]
     found[1][1][3] = found[1][1][1]  # now one in four: 0.5 and 0.25
     row, _ = rlvr_math.evaluate(sampler, tokenizer, [], None, args, 0, 1)
     assert row["eval/accuracy_margin"] == pytest.approx(1.96 * 0.125) and "eval/best@2" not in row
+    assert row["eval/pass@2"] == pytest.approx((5 / 6 + 1 / 2) / 2)
 
 
 def test_reasoning_over_its_budget_is_cut_and_the_answer_forced(tokenizer, model):
     sampler = Sampler(model, stop_token_ids(tokenizer))
     ids = encode_prompt(tokenizer, "47*8=?") + tokenizer.encode("<think>", add_special_tokens=False)
-    questions, cue = [{"ids": ids}] * 2, tokenizer.encode("</think><answer>", add_special_tokens=False)
+    cue = tokenizer.encode("</think><answer>", add_special_tokens=False)
     for budget, is_forced in ((6, True), (60, False)):
         cut = sampler.generate([ids] * 2, budget, 4)
-        args = rlvr_math.Args(max_think_tokens=budget, max_completion_tokens=64, eval_samples=3)
-        forced = rlvr_math.force_answers(sampler, tokenizer, questions, cut, args=args, places=[0, 1])
-        for before, after in zip(sum(cut, []), sum(forced, [])):
+        answered = {place: ({"ids": ids}, list(group), []) for place, group in enumerate(cut)}
+        args = rlvr_math.Args(max_think_tokens=budget, max_completion_tokens=64)
+        rlvr_math.force_answers(sampler, tokenizer, answered, args)
+        for before, after in zip(sum(cut, []), answered[0][1] + answered[1][1]):
             assert after == before if before.stopped else after.ids[: budget + 2] == before.ids + cue
             assert tokenizer.decode(after.ids).count("</think>") == 1 and len(after.ids) <= 64
-        assert all(before.stopped != is_forced for before in sum(cut, []))
+            assert before.stopped != is_forced
 
 
 def test_steps_0_evaluates_only_and_logs_every_sample(tmp_path):
