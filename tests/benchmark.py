@@ -141,6 +141,7 @@ def run_theirs(kind: str, args, data: str) -> dict:
     command = [sys.executable, __file__, "--only", f"trl-{kind}", "--model", args.model, "--data", data]
     command += ["--dtype", args.dtype, "--steps", str(args.steps), "--tokens", str(args.tokens)]
     command += ["--reward-model", args.reward_model] if kind == "ppo" else []
+    command += ["--lora-rank", str(args.lora_rank), "--beta", str(args.beta)]
     out = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(out.stdout.strip().splitlines()[-1])
 
@@ -173,6 +174,11 @@ def trl(kind: str, args) -> None:
         "disable_tqdm": True, "learning_rate": 1e-5, "model_init_kwargs": {"dtype": "float32"},
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    adapters = None
+    if args.lora_rank:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules="all-linear")
     if kind == "sft":
         from trl import SFTConfig, SFTTrainer
 
@@ -182,14 +188,16 @@ def trl(kind: str, args) -> None:
         lengths = [len(tokenizer.apply_chat_template(c, return_dict=False)) for c in chats]
         tokens_seen = statistics.mean(lengths) * 8
         config = SFTConfig(**common, max_length=512)
-        trainer = SFTTrainer(args.model, args=config, train_dataset=data, callbacks=[Clock()])
+        trainer = SFTTrainer(args.model, args=config, train_dataset=data, callbacks=[Clock()], peft_config=adapters)
     elif kind in ("reward", "dpo"):
         from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
         sides = {side: [[{"role": "assistant", "content": r[side]}] for r in rows] for side in ("chosen", "rejected")}
         data = Dataset.from_dict({"prompt": [r["prompt"] for r in rows], **sides})
         config, trainer = {"reward": (RewardConfig, RewardTrainer), "dpo": (DPOConfig, DPOTrainer)}[kind]
-        trainer = trainer(args.model, args=config(**common), train_dataset=data, callbacks=[Clock()])
+        trainer = trainer(
+            args.model, args=config(**common), train_dataset=data, callbacks=[Clock()], peft_config=adapters
+        )
     elif kind == "ppo":
         trainer = trl_ppo(args, rows, tokenizer, common, Clock())
     else:
@@ -199,12 +207,12 @@ def trl(kind: str, args) -> None:
         common["per_device_train_batch_size"] = 32
         sampling = {"num_generations": 8, "max_completion_length": args.tokens}
         config, trainer = {
-            "grpo": (GRPOConfig(**common, **sampling), GRPOTrainer),
+            "grpo": (GRPOConfig(**common, **sampling, beta=args.beta), GRPOTrainer),
             "dapo": (GRPOConfig(**common, **sampling, loss_type="dapo", epsilon_high=0.28), GRPOTrainer),
             "rloo": (RLOOConfig(**common, **sampling, beta=0.05), RLOOTrainer),
         }[kind]
         trainer = trainer(
-            args.model, args=config, train_dataset=data, callbacks=[Clock()],
+            args.model, args=config, train_dataset=data, callbacks=[Clock()], peft_config=adapters,
             reward_funcs=lambda completions, **k: [float(len(c[0]["content"]) % 7) for c in completions],
         )  # fmt: skip
     trainer.train()
@@ -246,7 +254,29 @@ def compare(script: str, flags: list, kind: str, peer: str, args, data, what: st
 
 def shared_flags(args, data: Path) -> list:
     flags = ["--model", args.model, "--dataset", data, "--eval-dataset", data, "--dtype", args.dtype]
-    return [*flags, "--steps", args.steps, "--learning-rate", "1e-5"]
+    return [*flags, "--steps", args.steps, "--learning-rate", "1e-5", "--lora-rank", args.lora_rank]
+
+
+def benchmark_lora(args) -> None:
+    """GRPO with a reference, and DPO, with adapters of `--lora-rank` on both sides; 0 trains all weights."""
+    args.beta = 0.001
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.data, 8 * args.steps)))
+        shared = shared_flags(args, data)
+        shared += ["--batch-size", 4, "--num-samples", 8, "--max-completion-tokens", args.tokens]
+        shared += ["--microbatch-tokens", 1024]
+        compare("grpo", [*shared, "--beta", args.beta], "grpo", "GRPOTrainer", args, data)
+        data, count = Path(folder) / "pairs.jsonl", 8 * args.steps
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows_for(args.pairs, count, pairs)))
+        flags = [*shared_flags(args, data), "--batch-size", 8, "--microbatch-tokens", 512]
+        flags += ["--max-prompt-tokens", 1024, "--max-completion-tokens", 1024]
+        flags += ["--gradient-checkpointing"]  # as TRL's trainers do unless told otherwise
+        ours, theirs = run_ours("dpo", flags, f"{folder}/dpo"), run_theirs("dpo", args, str(data))
+        step = {"dpo.py": ours["pass"] / args.steps, "DPOTrainer": theirs["pass"] / args.steps}
+        report("dpo, seconds per step", step, higher=False)
+        memory = {"dpo.py": ours["memory"], "DPOTrainer": theirs["memory"]}
+        report("dpo, peak memory in GB", memory, higher=False)
 
 
 def benchmark_trainers(args) -> None:
@@ -368,6 +398,7 @@ KINDS = ("sft", "grpo", "dapo", "rloo", "reward", "dpo", "ppo")
 PARTS = {
     "sampler": benchmark_sampler,
     "trainers": benchmark_trainers,
+    "lora": benchmark_lora,
     "preferences": benchmark_preferences,
     "ppo": benchmark_ppo,
     "growth": benchmark_growth,
@@ -383,6 +414,8 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per completion at most")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--lora-rank", type=int, default=0, help="for --only lora")
+    parser.add_argument("--beta", type=float, default=0.0, help="of GRPOTrainer")
     parser.add_argument("--only", choices=[*PARTS, *(f"trl-{kind}" for kind in KINDS)])
     arguments = parser.parse_args()
     if (arguments.only or "").startswith("trl-"):
