@@ -98,6 +98,7 @@ def measure_training(args, script: str, shape: str, is_compiled: bool) -> list[s
     module, config, logged = {"sft": sft, "grpo": grpo}[script], SHAPES[shape], []
     length, batch, samples, budget = (128, 8, 4, 16) if args.quick else (1024, 64, 8, 256)
     module.load_model = lambda path, device, *others, **more: build(config, device, is_compiled=is_compiled)
+    module.frozen = lambda policy, device, *others: build(config, device)
     module.evaluate_answers = lambda *others, **more: ({}, [])
     module.Run.log = lambda run, step, metrics, samples=(): logged.append(metrics)
     module.Run.save = module.Run.finish = lambda *others: None
