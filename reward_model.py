@@ -3,12 +3,12 @@
 People, a judge or a verifier say which of several answers is better; a language model with a scalar head learns a
 score r(x, y) that orders answers as they did.
 
-    outcome   loss = − mean_pairs[ p·log σ(Δ) + (1−p)·log σ(−Δ) ] + c·(r_better + r_worse)²,  Δ = r_better − r_worse − m
+    outcome   loss = mean_pairs[ −p·log σ(Δ) − (1−p)·log σ(−Δ) + c·(r_better + r_worse)² ],  Δ = r_better − r_worse − m
     process   loss = − mean_steps[ l·log σ(s) + (1−l)·log σ(−s) ],   steps up to and including the first wrong one
 
 p is 1 or the probability that the better one is better, m a margin; the mean is over the pairs of a prompt first.
-Signal: comparisons, or labels of single steps. Optimizer: likelihood. Leash: few epochs, and normalised scores, so that
-a policy's KL weight keeps its meaning. Defence: an ensemble, and a report of what else the score correlates with.
+Signal: comparisons, or labels of single steps. Optimizer: likelihood. Leash: few epochs, and normalised scores; with
+--normalisation scale a policy's KL weight keeps its meaning. Defence: an ensemble, and a report of what it follows.
 
     python reward_model.py                                           # embedded model and data, a minute on a laptop
     python reward_model.py --model Qwen/Qwen2.5-1.5B-Instruct        # UltraFeedback on one GPU
@@ -18,20 +18,20 @@ a policy's KL weight keeps its meaning. Defence: an ensemble, and a report of wh
 
 Normal: `loss/train` starts near log 2 = 0.693. `eval/accuracy` on held-out pairs is what counts: 0.65 to 0.75 on human
 preferences, which disagree among themselves, near 1 where a rule decides.
-Wrong: `eval/length_correlation` near 1; `eval/loss` and `eval/calibration_error` rise while `eval/accuracy` stands.
+Wrong: `eval/length_correlation` near 1; `eval/loss` and `eval/calibration_error` rise while `eval/accuracy` does not.
 
 model/ is a sequence classifier with one label, model/member_k the rest of an ensemble. The normalised score is (logit −
 reward_mean) / reward_std of its config; with `reward_kind` process, sigmoid(logit) is a step's probability.
 
 Details that decide whether it works, marked in the code under their numbers:
  1. A score is read at the conversation's last token, found from lengths; neither padding nor neighbours change it.
- 2. A new head starts normal with std 1/√(d+1), and the head runs in float32.
+ 2. A new head is drawn from a normal distribution with std 1/√(d+1), and every head runs in float32.
  3. The completions of a prompt share its forward, and each is forwarded once, however many pairs it stands in.
- 4. The pairs of a prompt count 1/C(K,2) each; losses are divided by the prompts, or steps, of the whole optimizer step.
- 5. Scores are normalised on reference completions; loss and calibration are those of the scores that are trained.
- 6. Members of an ensemble differ in head and data order, and are normalised before they are compared.
+ 4. Each pair of K completions counts 1/C(K,2); losses are divided by the prompts, or solution steps, of a whole batch.
+ 5. Scores are normalised on reference completions; loss and calibration use the raw ones, as training does.
+ 6. Members of an ensemble differ in a new head and in data order, and are normalised before they are joined.
  7. A step's target stands at its last token; after the first wrong step there are none.
- 8. A judge sees every pair in both orders, and only its two options are compared, as they follow its words.
+ 8. A judge sees every pair in both orders; what counts is its probability of A against B after a prefilled reply.
  9. All randomness is a function of seed and step: a resumed run repeats the uninterrupted one bit for bit.
 
 Papers: InstructGPT arXiv:2203.02155, Llama 2 2307.09288, ensembles 2310.02743, process 2305.20050, RLAIF 2309.00267.
@@ -83,6 +83,7 @@ from common.tokenizer import (
     opening_text,
     pack_scored,
     read_answers,
+    read_lines,
     read_row,
     shuffled_passes,
     stop_token_ids,
@@ -93,9 +94,7 @@ from common.tokenizer import (
 @dataclass
 class Args:
     # model and data
-    model: str = (
-        "Qwen/Qwen2.5-1.5B-Instruct"  # folder or Hub name of a language model, or of a reward model to go on from
-    )
+    model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # folder or Hub name: a language model, or a reward model to go on from
     dataset: str = "trl-lib/ultrafeedback_binarized"  # file, folder or Hub name[:subset[:split]]; chosen and rejected
     eval_dataset: str | None = "trl-lib/ultrafeedback_binarized::test"  # with --dataset alone, at most a tenth of it
     reference_dataset: str | None = None  # demonstrations to normalise on; default: the better held-out answers
@@ -111,7 +110,7 @@ class Args:
     ensemble_score: Literal["mean", "min", "uwo"] = "mean"  # how evaluation joins them; uwo: mean − variance / 2
     step_separator: str = "\n"  # process: text behind every step
     judge: str | None = None  # language model that labels --dataset: its pairs, or two samples of --model a prompt
-    principles: str | None = None  # file with one principle a line, of which the judge is shown one a pair
+    principles: str | None = None  # file with one principle a line; the judge is shown one for each pair, in turn
 
     # optimisation
     steps: int = 0  # optimizer steps; 0 takes --epochs
@@ -124,7 +123,9 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: bfloat16 on CUDA), not weights
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of products, frozen and saved weights; auto: bfloat16 on CUDA
+    )
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 1
@@ -295,7 +296,7 @@ def main(args: Args) -> dict:
         config, pad = model.config, tokenizer.pad_token_id
         config.reward_kind, config.reward_members = args.kind, len(members)
         config.reward_mean, config.reward_std, config.reward_separator = float(mean), float(std), args.step_separator
-        # transformers reads the last token that is not the pad token. Where that ends conversations, none is named.
+        # transformers reads the last token that is not the pad token. Where pad ends conversations, none is named.
         config.get_text_config().pad_token_id = None if held_out[0]["completions"][0][-1] == pad else pad
         if k:
             save_model(model, run.folder / "model.writing" / f"member_{k}", bfloat16)
@@ -303,7 +304,7 @@ def main(args: Args) -> dict:
 
 
 def losses_of(scores: torch.Tensor, examples: list[dict], is_process: bool, centering: float = 0.0):
-    """Losses, weights and margins, above 0 where right, of all pairs of completions or of all steps. scores [S]."""
+    """Losses, weights and margins of all pairs of completions or all steps; margins above 0 are right. scores [S]."""
     if is_process:
         labels = torch.tensor([label for one in examples for label in one["labels"]], device=scores.device)
         weights = [k < supervised_steps(one["labels"]) for one in examples for k in range(len(one["labels"]))]
@@ -316,7 +317,7 @@ def losses_of(scores: torch.Tensor, examples: list[dict], is_process: bool, cent
 
 
 def report(raw: list[torch.Tensor], joined: list[torch.Tensor], examples: list[dict], is_process: bool, device) -> dict:
-    """What held-out examples tell of the `raw` scores [N, s] of N members, and of the `joined`, normalised ones [s]."""
+    """Metrics of held-out examples, from `raw` scores [N, s] of N members, and from `joined`, normalised ones [s]."""
     means, flat = Means(), torch.cat(joined)
     for scores in torch.cat(raw, 1):  # detail 5
         losses, weights, margins = losses_of(scores, examples, is_process)
@@ -361,8 +362,7 @@ def label_pairs(path: Path, args: Args, tokenizer, longest: int, device, bfloat1
     judge = load_model(args.judge, device, flag="--judge")
     judge_tokenizer = load_tokenizer(args.judge, args.today, "--judge")
     ensure_chat_template(judge_tokenizer)
-    lines, asked = Path(args.principles).read_text().split("\n") if args.principles else [], []
-    principles = list(filter(str.strip, lines)) or [""]
+    principles, asked = read_lines(args.principles, "--principles") if args.principles else [""], []
     for i, (_, answers) in pairs.items():
         said = [answer[-1].get("content") or "" for answer in answers]
         turns = "\n".join(f"{m['role'].capitalize()}: {m.get('content') or ''}" for m in answers[0][:-1])

@@ -117,7 +117,9 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: bfloat16 on CUDA), not weights
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of products, frozen and saved weights; auto: bfloat16 on CUDA
+    )
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 1
@@ -549,12 +551,15 @@ def save_verified(path: Path, step: int, found: list[tuple[dict, str]], cap: int
     """Add right completions to the rows at `path`, no two alike, up to `cap` of a question. Rows that a killed run has
     written at this step or later are written again."""
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    rows = [row for row in rows if row["step"] < step]
+    rows, known = [row for row in rows if row["step"] < step], {}
+    for row in rows:
+        known.setdefault(str(row["prompt"]), set()).add(row["completion"])
     for row, text in found:
         *before, last = read_messages(first_of(row, "prompt", "question", "problem"))
         prompt = [*before, {**last, "content": last["content"] + instruction}]
-        alike = [known["completion"] for known in rows if known["prompt"] == prompt]
+        alike = known.setdefault(str(prompt), set())
         if text not in alike and len(alike) < cap:
+            alike.add(text)
             rows.append({"step": step, "prompt": prompt, "completion": text, "answer": row["answer"]})
     path.with_suffix(".writing").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path.with_suffix(".writing").replace(path)

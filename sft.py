@@ -21,7 +21,7 @@ Details that decide whether it works, marked in the code under their numbers:
  3. Documents are packed without padding: positions restart, attention stays inside, a first token is never a target.
  4. The loss is divided by the scored tokens of the whole step: microbatches and processes change nothing.
  5. Several data sets are mixed in proportion to their sizes, none counting for more than a cap (FLAN).
- 6. NEFTune's noise scales with the document's own length, not with the packed row's.
+ 6. NEFTune's noise shrinks with the length of the token's own document, not of the packed row.
  7. All randomness is a function of seed and step: a resumed run repeats the uninterrupted one bit for bit.
 
 Papers: FLAN arXiv:2109.01652, InstructGPT 2203.02155, NEFTune 2310.05914, Self-Instruct 2212.10560, CAI 2212.08073.
@@ -94,7 +94,9 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: bfloat16 on CUDA), not weights
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of products, frozen and saved weights; auto: bfloat16 on CUDA
+    )
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 1
@@ -130,7 +132,7 @@ def mixture_weights(sizes: list[int], cap: int) -> torch.Tensor:
 
 def training_order(sizes: list[int], weights: torch.Tensor, draws: int, seed: int) -> torch.Tensor:
     """Indices [draws] into the concatenated data sets: each draw picks a set by `weights` [K] and takes the next row
-    of its shuffled passes. More draws only append to fewer, so a resumed run may be given more steps."""
+    of its shuffled passes. More draws only extend the order, so a resumed run may be given more steps."""
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     chosen = torch.searchsorted(weights.cumsum(0), uniform).clamp(max=len(sizes) - 1)
     order = torch.empty(draws, dtype=torch.long)
@@ -152,7 +154,7 @@ def neftune_noise(document_lengths: torch.Tensor, dim: int, alpha: float) -> tor
 
 
 def main(args: Args) -> dict:
-    from datasets import concatenate_datasets  # late, as all that --help does not need
+    from datasets import concatenate_datasets  # late: --help does not need it
 
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")

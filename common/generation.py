@@ -47,6 +47,7 @@ from common.tokenizer import (
     merged,
     opening_text,
     read_conversation,
+    read_lines,
     read_row,
     stop_token_ids,
     tell,
@@ -860,9 +861,7 @@ def self_instruct(path: Path, sources, speak: Speaker, wanted: int, examples: in
 def revise(path: Path, sources, speak: Speaker, principles: str) -> None:
     """Write to `path`, for every prompt, the model's `draft` of an answer, its `critique` of that by a `principle`, a
     line of a file, and its revision as `completion` (Constitutional AI, arXiv:2212.08073, section 3)."""
-    rng, text = random.Random(speak.seed), Path(principles).read_text() if Path(principles).is_file() else ""
-    if not (lines := list(filter(str.strip, text.splitlines()))):
-        sys.exit(f"--revise {principles}: no file with lines, of which each is a principle that answers should follow.")
+    rng, lines = random.Random(speak.seed), read_lines(principles, "--revise")
     prompts = [said[:-1] if said[-1]["role"] == "assistant" else said for said in _conversations(sources, "-")]
     drawn, rows = [rng.choice(lines) for _ in prompts], []
     chats = speak(dict(enumerate(prompts)), "assistant")

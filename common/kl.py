@@ -22,7 +22,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ from common.tokenizer import (
     pack_completions,
     pack_scored,
     pad_rows,
+    read_lines,
     split_by_tokens,
     tell,
 )
@@ -206,7 +207,7 @@ def clip_gradients(model, max_norm: float) -> float:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, on every process, that may be spread over processes."""
+    """A tensor that may be spread over processes, whole and on every process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -238,7 +239,7 @@ def save_model(model, folder, bfloat16: bool, adapter_folder=None) -> None:
         trained = [(name, full(weight.data)) for name, weight in model.named_parameters() if weight.requires_grad]
         adapters = {"base_model.model." + name.replace(".default", ""): weight.cpu() for name, weight in trained}
     if bfloat16:
-        model.base_model.bfloat16()  # of which the configuration tells
+        model.base_model.bfloat16()  # so that the saved configuration names it
     if is_main:
         model.save_pretrained(folder, state_dict=weights)
     if is_main and adapters:
@@ -252,8 +253,8 @@ LORA_ALPHA = 32
 
 
 def add_adapters(model, rank: int, bfloat16: bool) -> None:
-    """Freeze `model` but for a scalar head, and put LoRA adapters beside its other linear layers, in place: W becomes
-    W + α/r·BA, with B zero at first (arXiv:2106.09685; α as in https://thinkingmachines.ai/blog/lora).
+    """Freeze `model` but for a scalar head, and put LoRA adapters beside its linear layers but heads, in place: W
+    becomes W + α/r·BA, with B zero at first (arXiv:2106.09685; α as in https://thinkingmachines.ai/blog/lora).
 
     With `bfloat16`, to which the factors of products are rounded anyway, the frozen layers are held in it.
     """
@@ -296,8 +297,8 @@ class WithoutAdapters:
 
 
 def frozen(policy, device, world: int, path: str | None = None):
-    """The reference, which is not trained: the model at `path`, by default the one that `policy` started from. That
-    costs no memory where `policy` has adapters."""
+    """The reference, which is not trained: the model at `path`, by default the one that `policy` started from. The
+    default costs no memory where `policy` has adapters."""
     if path is None and hasattr(policy, "peft_config"):
         return WithoutAdapters(policy)
     return load_model(path or policy.name_or_path, device, world).requires_grad_(False)
@@ -460,8 +461,8 @@ def completion_values(critic, rows: list[int], prompts, completions, bfloat16: b
 
 
 def answer_logprobs(model, examples: list[dict], which: slice = slice(None), bfloat16: bool = False):
-    """Log-probabilities with gradient, summed over their tokens, and lengths [b, K] of `which` of the K `completions`
-    of examples behind the `ids` of their prompts; zero where an example has fewer. Float32."""
+    """Log-probabilities with gradient, summed over tokens, and lengths, both [b, K], of the K `completions` of each
+    example that `which` selects, given its prompt's `ids`; zero where an example has fewer. Float32."""
     texts = [(one["ids"], ids) for one in examples for ids in one["completions"][which]]
     counts = [len(one["completions"][which]) for one in examples]
     prompts, completions = zip(*texts)
@@ -474,7 +475,7 @@ def answer_logprobs(model, examples: list[dict], which: slice = slice(None), bfl
 def score_answers(model, example, wanted, max_tokens: int, bfloat16: bool, which: slice = slice(None)) -> torch.Tensor:
     """`answer_logprobs` [len(wanted), 3] of `example(i)` for all i in `wanted`; the processes share the work."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = torch.zeros(len(wanted), 3, device=next(model.parameters()).device)
+    found = torch.zeros(len(wanted), 3, device=next(model.parameters()).device)  # at most 3 answers a row
     for start in tqdm(range(0, len(wanted), 256), desc="scoring", leave=False, disable=None):
         mine = list(range(start, len(wanted)))[rank:256:world]
         batch = [example(wanted[i]) for i in mine or [start]]
@@ -543,7 +544,7 @@ def head_logprobs(
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """softmax(head(hidden)/τ) at the targets: logits live for one chunk at a time, and the backward pass makes them
+    """log-softmax(head(hidden)/τ) at the targets: logits live for one chunk at a time, and the backward pass makes them
     again instead of keeping them, adding each chunk's share of the head's gradient in place."""
 
     @staticmethod
@@ -609,9 +610,8 @@ def head_logits(
 def matrix_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, onto: torch.Tensor | None = None):
     """a @ b, or that added to `onto` in place, accumulated and returned in float32.
 
-    With `dtype` bfloat16 the hardware may round the factors to it, which leaves factors that are bfloat16 already
-    as they are: twice to four times as fast as float32 on CPUs and more on GPUs, with none of the rounding of logits
-    that a product returned in bfloat16 has.
+    With `dtype` bfloat16 the factors may be rounded to it: two to four times as fast as float32 on CPUs that have such
+    units, and more on GPUs. The result, unlike that of an ordinary bfloat16 product, is not rounded.
     """
     with torch.autocast(a.device.type, enabled=False):  # which would return bfloat16
         if dtype == torch.float32 or a.device.type != "cuda":
@@ -627,8 +627,8 @@ def matrix_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, onto: t
 
 @torch.no_grad()
 def option_probabilities(model, tokenizer, prompts: list[str], options: list[str], context, max_tokens: int, bfloat16):
-    """How probable the model holds each of the `options` to be as what follows each of the rendered `prompts`, among
-    these alone: [R, O], NaN for prompts that do not fit its `context`. An option is read at the first token that tells
+    """Probabilities [R, O] of the `options` as continuations of each of the rendered `prompts`, with no other choice;
+    NaN for prompts that do not fit the `context`. An option is read at the first token that tells
     it from the others, as the tokenizer writes it behind the prompt."""
     device, found = next(model.parameters()).device, torch.full((len(prompts), len(options)), math.nan)
     texts = [[tokenizer(prompt + end, add_special_tokens=False).input_ids for end in options] for prompt in prompts]
@@ -671,10 +671,10 @@ def token_scores(model, batch: Packed, places: torch.Tensor) -> torch.Tensor:
 
 
 class RewardModel:
-    """Scores answers with the output of reward_model.py, outcome or process: a classifier with one label, or several.
+    """Scores answers with the output of reward_model.py, outcome or process: one-label classifiers, one or several.
 
     Texts are rendered with the reward model's own tokenizer and template. Each member's score is normalised by the
-    `reward_mean` and `reward_std` in its configuration; `ensemble` (mean, min, uwo) then joins the members' scores.
+    `reward_mean` and `reward_std` in its configuration; `ensemble` (mean, min, uwo) then joins outcome scores.
     Weights are float32, matrix products bfloat16 on request. Exits with a sentence if a member cannot be loaded.
     """
 
@@ -737,10 +737,7 @@ class Judge:
     )
 
     def __init__(self, path: str, rubric: str, device, bfloat16: bool, max_tokens: int):
-        with suppress(OSError), open(rubric, encoding="utf-8") as file:
-            self.points = [line.strip() for line in file if line.strip()]
-        if not getattr(self, "points", None):
-            sys.exit(f"--rubric {rubric}: no file with lines, of which each is a criterion that answers should meet.")
+        self.points = read_lines(rubric, "--rubric")
         self.model, self.tokenizer = load_model(path, device, flag="--judge"), load_tokenizer(path, flag="--judge")
         ensure_chat_template(self.tokenizer)
         self.limits = (context_length(path), max_tokens, bfloat16)

@@ -54,6 +54,14 @@ def tell(sentence: str) -> None:
         print(sentence)
 
 
+def read_lines(path: str, flag: str) -> list[str]:
+    """The lines of a file that are not empty. Exits with a sentence that names `flag` if there are none."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    if not (kept := [line.strip() for line in lines if line.strip()]):
+        raise SystemExit(f"{flag} {path}: no file with lines of text.")
+    return kept
+
+
 # ---------------------------------------------------------------------------------------------- text and chats
 
 
@@ -787,7 +795,7 @@ def merged(found: dict[int, object]) -> list:
 
 
 def shuffled_passes(count: int, draws: int, seed: int) -> list[int]:
-    """`draws` indices from passes over `count` rows, each in an order of its own. More draws only append to fewer, so a
+    """`draws` indices from passes over `count` rows, each in an order of its own. More draws only extend them: a
     resumed run may be given more steps."""
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(count, generator=generator) for _ in range(-(-draws // count))]
