@@ -491,15 +491,18 @@ def until_answer(tokenizer, completion: Completion) -> Completion:
 
 
 def force_answers(sampler, tokenizer, answered: dict, args: Args) -> None:
-    """Where reasoning has not ended within --max-think-tokens, put --answer-cue behind it, and go on with what is most
-    likely (s1). For evaluation only: the policy did not choose those tokens."""
-    cue = tokenizer(args.answer_cue, add_special_tokens=False).input_ids
-    cut = [(q["ids"], group, g) for q, group, _ in answered.values() for g, c in enumerate(group) if not c.stopped]
-    begun = [group[g].ids + cue * ("</think>" not in tokenizer.decode(group[g].ids)) for _, group, g in cut]
-    budgets = [max(args.max_completion_tokens - len(ids), 1) for ids in begun]
-    prompts = [prompt + ids for (prompt, *_), ids in zip(cut, begun)]
-    for (_, group, g), ids, (rest,) in zip(cut, begun, sampler.generate(prompts, budgets, temperature=0.0)):
-        group[g] = Completion(ids + rest.ids, [], rest.stopped)
+    """Where reasoning has not ended within --max-think-tokens, put --answer-cue behind it, and go on from there (s1).
+    For evaluation only: the policy did not choose those tokens. The last of a group is the greedy one."""
+    cue, n = tokenizer(args.answer_cue, add_special_tokens=False).input_ids, args.eval_samples
+    for temperature, which in ((args.temperature, range(n)), (0.0, [n])):
+        cut = [(p, q["ids"], group, g) for p, (q, group, _) in answered.items() for g in which if not group[g].stopped]
+        begun = [group[g].ids + cue * ("</think>" not in tokenizer.decode(group[g].ids)) for *_, group, g in cut]
+        budgets = [max(args.max_completion_tokens - len(ids), 1) for ids in begun]
+        prompts = [prompt + ids for (_, prompt, *_), ids in zip(cut, begun)]
+        numbers = [place * n + g for place, *_, g in cut]
+        drawn = sampler.generate(prompts, budgets, 1, temperature, args.seed + 1, numbers)
+        for (*_, group, g), ids, (rest,) in zip(cut, begun, drawn):
+            group[g] = Completion(ids + rest.ids, [], rest.stopped)
 
 
 def evaluate(sampler, tokenizer, questions, reranker, args: Args, rank: int, world: int) -> tuple[dict, list[dict]]:

@@ -474,7 +474,7 @@ HOSTILE = {  # what each does, and what must be told of it
     "endless loop": ("while True: pass", "took longer than 1.5 seconds"),
     "signals ignored": ("import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: pass", "took longer"),
     "sleep, output closed": ("import os, time; os.close(1); os.close(2); time.sleep(99)", "took longer"),
-    "memory": ("x = []\nwhile True: x.append(bytearray(10**7))", "MemoryError"),
+    "memory": ("x = []\nwhile True: x.append(bytes(10**7))", "MemoryError"),
     "shared memory": ("open('/dev/shm/held', 'wb').write(bytes(1000))", "FileNotFoundError"),
     "memory in descriptors": ("import os\nwhile True: os.write(os.memfd_create('m'), bytes(2**22))", "Error"),
     "fork bomb": ("import os\nwhile True: os.fork()", "BlockingIOError"),

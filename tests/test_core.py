@@ -26,9 +26,9 @@ import sft
 from common import kl
 from common.generation import Completion
 
-BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500, "dapo": 500, "rlvr_math": 883,
+BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500, "dapo": 500, "rlvr_math": 891,
            "agentic": 820}  # fmt: skip
-SHARED_BUDGETS = {"tokenizer": 819, "generation": 899, "kl": 807}  # of common/
+SHARED_BUDGETS = {"tokenizer": 827, "generation": 898, "kl": 804}  # of common/
 PLUMBING = 190
 MODULES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "grpo": grpo, "dapo": dapo,
            "rlvr_math": rlvr_math, "agentic": agentic}  # fmt: skip
@@ -292,7 +292,8 @@ def test_grpo_detail_7_sft_detail_4_dapo_detail_11_dpo_detail_4_ppo_detail_11_re
     for other in ("small", "two") if "--neftune-alpha" not in flags else ():  # whose noise is drawn for each microbatch
         same(weights(tmp_path / "one"), weights(tmp_path / other), 2e-6)
         for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
-            for name in a:
+            is_tied = abs(a.get("preference/margin", 1)) < 1e-6  # policy is reference: rounding decides who is right
+            for name in [name for name in a if not (is_tied and name == "preference/accuracy")]:
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=5e-6), name
     if case in MODULES:
         run(script, "--resume", tmp_path / "two", "--steps", 3)

@@ -24,7 +24,7 @@ from rlvr_math import WORKERS, grade, normal_form, number, stated_answer, winner
 
 @pytest.mark.parametrize("text,answer", [
     ("so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed {18}", "18"), ("\\fbox{2}", "2"), ("\\boxed 2.", "2"),
-    ("<answer>\\boxed 12</answer>", "12"), ("\\boxed\\frac12", "\\frac12"),
+    ("<answer>\\boxed 12</answer>", "12"), ("$\\boxed 12$", "12"), ("\\boxed\\frac12", "\\frac12"),
     ("\\boxed{1} or rather \\boxed{2}", "2"), ("\\boxed{1}, \\boxed{2} and \\boxed{3}", "1, 2, 3"),
     ("\\boxed{1} or rather \\boxed{2", None),  # the last one is unbalanced: no falling back to the first
     ("\\boxed{{a}", None), ("\\boxed{}", None), ("\\boxed{5} or 6", None), ("\\boxed{18}\n\nSo 9*2=18.", "18"),
@@ -35,6 +35,7 @@ from rlvr_math import WORKERS, grade, normal_form, number, stated_answer, winner
     ("<think>\\boxed{3}", None), ("<answer>3</answer><think>is it", "3"),  # reasoning that never ended
     ("I am sure that it is 42", None), ("A 5 kg bag", None), ("a is 5", None), ("", None),
     ("they sell 5\nA: 18", "18"), ("**Answer:** $18", "$18"), ("Answer:\n5", "5"), ("The answer is:\n\n5", "5"),
+    ("Final answer:\n\n5", "5"),
     ("Therefore, the final answer is 18.", "18."), ("The correct answer is −3", "−3"), ("The answer is √2", "√2"),
     ("The answer is <5", "<5"), ("The answer is (3, 4).", "(3, 4)."), ("The answer is that 5 of them\nleft", None),
     ("The answer is Saturday.", "Saturday."), ("The correct answer is (C).", "(C)."),
@@ -416,7 +417,7 @@ def test_reasoning_over_its_budget_is_cut_and_the_answer_forced(tokenizer, model
     for budget, is_forced in ((6, True), (60, False)):
         cut = sampler.generate([ids] * 2, budget, 4)
         answered = {place: ({"ids": ids}, list(group), []) for place, group in enumerate(cut)}
-        args = rlvr_math.Args(max_think_tokens=budget, max_completion_tokens=64)
+        args = rlvr_math.Args(max_think_tokens=budget, max_completion_tokens=64, eval_samples=3)
         rlvr_math.force_answers(sampler, tokenizer, answered, args)
         for before, after in zip(sum(cut, []), answered[0][1] + answered[1][1]):
             assert after == before if before.stopped else after.ids[: budget + 2] == before.ids + cue
