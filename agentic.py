@@ -116,9 +116,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of products, frozen and saved weights; auto: bfloat16 on CUDA
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products and saved weights; auto: bfloat16 on CUDA
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 1
@@ -166,7 +164,8 @@ class ToolQuestions(Environment):  # questions with right answers, of which any 
 
 class CodeTasks(Environment):  # functions to write; their tests, which the model never sees, must pass in the sandbox
     def reset(self, row: dict) -> list[dict]:
-        tests = row.get("test_list") or [row["test"], f"check({row['entry_point']})"]
+        tests = first_of(row, "test_list", "test")
+        tests = [tests, f"check({row['entry_point']})"] if isinstance(tests, str) else tests
         self.given = row["prompt"] if "entry_point" in row else ""  # HumanEval's imports, helpers and empty function
         self.tests = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", ""), *tests])
         names = re.findall(r"def (\w+)", row.get("code", "")) + re.findall(r"(?<![\w.])(\w+)\(", tests[0])

@@ -111,9 +111,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of products, frozen and saved weights; auto: bfloat16 on CUDA
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products and saved weights; auto: bfloat16 on CUDA
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 1

@@ -94,9 +94,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; the last two reach 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of products, frozen and saved weights; auto: bfloat16 on CUDA
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products and saved weights; auto: bfloat16 on CUDA
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 1
@@ -159,7 +157,8 @@ def main(args: Args) -> dict:
     device, rank, world = start_processes(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % world == 0, "--batch-size must be a multiple of the processes"
-    assert not (args.self_instruct and args.revise), "--self-instruct and --revise both make the rows: take one"
+    assert not args.revise or not args.self_instruct, "--self-instruct and --revise both make the rows: take one"
+    assert not args.revise or Path(args.revise).is_file(), f"--revise {args.revise}: no such file"
 
     # Conversations as ids and masks, details 1 and 2. Held-out rows with an answer are also questions to sample from.
     tokenizer, length = load_tokenizer(args.model, args.today), min(args.max_length, context_length(args.model))
@@ -198,11 +197,10 @@ def main(args: Args) -> dict:
     run = run or Run(args, rank, shown)
 
     def add_noise(module, inputs, output):
-        if noise_lengths:
+        if noise_lengths and args.neftune_alpha:
             return output + neftune_noise(noise_lengths[0], output.shape[-1], args.neftune_alpha).to(output.dtype)
 
-    if args.neftune_alpha:
-        model.get_input_embeddings().register_forward_hook(add_noise)
+    model.get_input_embeddings().register_forward_hook(add_noise)
 
     def logprobs_of(rows: dict, part: list[int]) -> torch.Tensor:
         packed = pack([Segment(rows["ids"][i], rows["mask"][i]) for i in part]).to(device)  # detail 3

@@ -61,5 +61,8 @@ def test_a_run_on_code(tmp_path):
     flags = ["--environment", "code", "--dataset", rows, "--eval-dataset", rows, "--tools", "python", "--steps", 1]
     flags += ["--batch-size", 2, "--num-samples", 2, "--max-completion-tokens", 16, "--max-prompt-tokens", 400]
     output = run("agentic", *flags, "--output-dir", tmp_path / "run")
-    assert "1 of 4" in output and metrics(tmp_path / "run")[-1]["reward/mean"] == 0
+    assert (
+        "1 of 4 rows dropped: needs the columns test_list or test; found text" in output
+        and metrics(tmp_path / "run")[-1]["reward/mean"] == 0
+    )
     assert "assert" not in (tmp_path / "run" / "samples.jsonl").read_text()
