@@ -158,7 +158,7 @@ def main(args: Args) -> dict:
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     assert args.batch_size % world == 0, "--batch-size must be a multiple of the processes"
     assert not args.revise or not args.self_instruct, "--self-instruct and --revise both make the rows: take one"
-    assert not args.revise or Path(args.revise).is_file(), f"--revise {args.revise}: no such file"
+    assert not args.revise or Path(args.revise).is_file(), f"--revise {args.revise}: no file of principles"
 
     # Conversations as ids and masks, details 1 and 2. Held-out rows with an answer are also questions to sample from.
     tokenizer, length = load_tokenizer(args.model, args.today), min(args.max_length, context_length(args.model))

@@ -591,7 +591,7 @@ def test_all_five_changes_off_is_plain_grpo(tmp_path):
     ("dapo", {"max_prompt_tokens": 3}, "--max-prompt-tokens"),
     ("dapo", {"overlong_cache": 64}, "must be below --max-completion-tokens"),
     ("sft", {"chat_template": "none.jinja"}, "no such file"),
-    ("sft", {"revise": "none.txt"}, "--revise none.txt: no such file"),
+    ("sft", {"revise": "none.txt"}, "--revise none.txt: no file of principles"),
     ("sft", {"revise": "none.txt", "self_instruct": 3}, "take one"),
     ("rlvr_math", {"num_samples": 1}, "siblings"),
     ("rlvr_math", {"batch_size": 4, "minibatches": 3}, "a multiple of minibatches"),
