@@ -317,6 +317,12 @@ def first_rows(name: str, count: int) -> Path:
     return path
 
 
+def jsonl(path: Path, *rows) -> str:
+    """A file of rows; texts are lines as they are."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 

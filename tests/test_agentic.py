@@ -1,6 +1,5 @@
 """agentic.py: trajectories exact to the token, tools that are real, a sandbox that holds, credit by known answers."""
 
-import ast
 import inspect
 import json
 import math
@@ -18,15 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, run
+from conftest import ROOT, TINY, jsonl, metrics, run
+from test_core import quick
 
 import agentic
-import grpo
 from agentic import EMBEDDED, Call, Dialogue, Environment, Player, ToolQuestions, Tools, Trajectory
 from common.generation import Completion, Sampler
 from common.kl import completion_logprobs
 from common.tokenizer import encode_text, load_tokenizer, stop_token_ids
 
+SMALL = {"steps": 1, "batch_size": 2, "num_samples": 2, "eval_rows": 2, "eval_samples": 1}
 QUESTIONS = [json.loads(line) for line in (TINY / "tools_test.jsonl").read_text().splitlines()]
 
 
@@ -121,18 +121,6 @@ def test_agentic_detail_2_every_stored_token_is_as_a_fresh_forward_has_it(model,
         assert t.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-def test_agentic_keys_and_values_are_kept_from_turn_to_turn(model, tokenizer, tools, monkeypatch):
-    sampler, prefilled = Sampler(model, stop_token_ids(tokenizer, model)), []
-    longest_kept = sampler.longest_kept
-    monkeypatch.setattr(
-        sampler, "longest_kept", lambda prompt: prefilled.append((prompt, longest_kept(prompt))) or prefilled[-1][1]
-    )
-    groups, _ = play(sampler, tokenizer, tools, QUESTIONS[:4], 8)
-    later = sum(len(t.turns) - 1 for t in flat(groups))
-    continued = [(len(prompt), len(kept)) for prompt, kept in prefilled if kept]
-    assert len(continued) >= later > 0 and all(length - kept < 60 for length, kept in continued)
-
-
 def test_agentic_detail_4_observations_are_read_and_never_scored(model, tokenizer, tools):
     """The loss's log-probabilities and their gradient against those over dense logits."""
     said = [[call("calculator", expression="2+2"), "<answer>4</answer>"], ["<answer>5</answer>"]]
@@ -184,8 +172,9 @@ def test_only_the_last_turn_answers(tokenizer, tools):
     ("<answer>B</answer>", "A", 0), ("<answer>A or B</answer>", "A", 0), ("<answer>vitamin A</answer>", "vitamin", 0),
     ("<answer>C++</answer>", "C", 0), ("<answer>C + +</answer>", "C++", 1), ("<answer>C#</answer>", "C", 0),
     ("<answer>2*3</answer>", "23", 0), ("<answer>2 * 3</answer>", "2*3", 1), ("<answer>-</answer>", "+", 0),
-    ("<answer>-5</answer>", "5", 0), ("<answer>5 degrees</answer>", "-5 degrees", 0), ("<answer>x-y</answer>", "xy", 0),
-    ("<answer>US</answer>", "U.S.", 1), ("<answer>Beatles</answer>", "The Beatles", 1),
+    ("<answer>-5</answer>", "5", 0), ("<answer>5 degrees</answer>", "-5 degrees", 0),
+    ("<answer>x-y</answer>", "xy", 0), ("<answer>US</answer>", "U.S.", 1),
+    ("<answer>Beatles</answer>", "The Beatles", 1),
     ("<answer>Martin Luther King, Jr.</answer>", "Martin Luther King Jr", 1), ("<answer>old York</answer>", "York", 0),
     ("<answer>Lord of the Rings</answer>", "The Lord of Rings", 1), ("<answer>O'Brien!</answer>", "obrien", 1),
     ("The answer is Paris.", "Paris", 1), ("The answer is St. Petersburg.", "St. Petersburg", 1),
@@ -193,8 +182,9 @@ def test_only_the_last_turn_answers(tokenizer, tools):
     ("The answer is Paris. I hope this helps.", "Paris", 1), ("<answer>Apollo 12</answer>", "Apollo 11", 0),
     ("<think> maybe 18", "18", 0), ("<think>The answer is Paris.", "Paris", 0), ("<think>a</think>It is 18.", "18", 1),
     ("<answer>126,140</answer>", "126140", 1), ("<answer>1.5</answer>", "15", 0), ("<answer>.5</answer>", "5", 0),
-    ("<answer>12</answer>", "1/2", 0), ("<answer>7.0</answer>", "#### 7", 1), ("<answer>1,200 m</answer>", "1200 m", 1),
-    ("It is \\boxed{7}", "so\\boxed{7}", 1), ("<answer></answer>", "A", 0), ("<answer>!</answer>", "A", 0),
+    ("<answer>12</answer>", "1/2", 0), ("<answer>7.0</answer>", "#### 7", 1),
+    ("<answer>1,200 m</answer>", "1200 m", 1), ("It is \\boxed{7}", "so\\boxed{7}", 1), ("<answer></answer>", "A", 0),
+    ("<answer>!</answer>", "A", 0),
 ])  # fmt: skip
 def test_right_answers(text, gold, right):
     assert agentic.is_right(text, [gold]) == bool(right)
@@ -268,8 +258,8 @@ def test_agentic_detail_10_whatever_goes_wrong_is_an_observation_and_a_counter(t
 
 
 def test_agentic_detail_10_a_tool_that_hangs_is_given_up_and_the_rest_goes_on(tokenizer):
-    hang, quick = call("hang"), call("compare", number=4)
-    said = [[quick + quick, quick, "done"]] + [[quick, hang, "done"]] * 5  # more than there are threads
+    hang, fast = call("hang"), call("compare", number=4)
+    said = [[fast + fast, fast, "done"]] + [[fast, hang, "done"]] * 5  # more than there are threads
     began = time.monotonic()
     room = {"max_completion_tokens": 300, "max_trajectory_tokens": 600}
     trajectories = scripted(tokenizer, [], *said, environment=Own, tool_seconds=0.3, **room)
@@ -401,8 +391,7 @@ def test_an_environment_of_ones_own_has_its_own_state_and_trains(tokenizer, tmp_
     said = [[call("compare", number=n), call("compare", number=4), "It is 4"] for n in (1, 9)] + [["It is 5"]]
     trajectories = scripted(tokenizer, [], *said, environment=Own)
     assert [[c.observation for c in calls_of(t)] for t in trajectories] == [["higher", "equal"], ["lower", "equal"], []]
-    small = {"steps": 1, "batch_size": 2, "num_samples": 2, "eval_rows": 2, "eval_samples": 1, "max_turns": 2}
-    args = replace(EMBEDDED, **small, credit="turn", call_cost=0.1, output_dir=str(tmp_path))
+    args = replace(EMBEDDED, **SMALL, max_turns=2, credit="turn", call_cost=0.1, output_dir=str(tmp_path))
     last = agentic.main(args, Own)
     assert last["eval/accuracy"] == 0 and math.isfinite(last["optim/grad_norm"])
     assert last["reward/mean"] == pytest.approx(-0.1 * last["agent/calls"])
@@ -418,14 +407,12 @@ def test_tools_are_withheld(model, tokenizer, tools):
     assert calls_of(t)[0].error == "refused" and "the tools are none" in calls_of(t)[0].observation
 
 
-def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path):
+def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys):
     rows = [{"question": "1+1=?", "answer": n} for n in (2, "2", ["two", "2"])] + [{"question": "1+1=?"}, {"answer": 5}]
-    rows += [{"question": "9" * 600, "answer": 9}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) * 9 + "no JSON\n")
-    files = ["--dataset", tmp_path / "rows.jsonl", "--eval-dataset", tmp_path / "rows.jsonl"]
-    flags = ["--steps", 1, "--batch-size", 2, "--num-samples", 2, "--eval-rows", 2, "--instruction", "Be brief."]
-    output = run("agentic", *flags, *files, "--output-dir", tmp_path / "run")
-    assert output.count("rows dropped") >= 3 and "with its tools (--max-prompt-tokens)" in output
+    data = jsonl(tmp_path / "rows.jsonl", *[*rows, {"question": "9" * 600, "answer": 9}] * 9, "no JSON")
+    quick("agentic", tmp_path / "run", dataset=data, eval_dataset=data, instruction="Be brief.")
+    told = capsys.readouterr().out
+    assert told.count("rows dropped") >= 3 and "with its tools (--max-prompt-tokens)" in told
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].endswith("1+1=?\n\nBe brief.<|end|><|assistant|>")
 
@@ -448,22 +435,14 @@ def test_agentic_detail_1_advantages_of_trajectories_and_turns():
     assert (agentic.assign_credit(torch.full((1, 4, 2), 0.1), "turn", "rloo") == 0).all()
 
 
-def test_agentic_detail_6_agentic_detail_7_the_mathematics_is_that_of_grpo():
-    for name in ("group_advantages", "aggregate"):
-        assert inspect.getsource(getattr(agentic, name)) == inspect.getsource(getattr(grpo, name))
-    tensors = (torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 1), torch.ones(3, 5))
-    ours, theirs = agentic.clipped_loss(*tensors, 0.2, 0.3), grpo.policy_loss(*tensors, "ppo", 0.2, 0.3)
-    assert all(map(torch.equal, ours, theirs))
-
-
 def test_agentic_detail_3_agentic_detail_5_temperature_and_old_policy(tmp_path, monkeypatch):
     """Ratios are exactly 1 before the first update in bfloat16; sampler, policy and reference share the temperature."""
     ratios, real = [], agentic.clipped_loss
     monkeypatch.setattr(agentic, "clipped_loss", lambda *a: ratios.append(real(*a)) or ratios[-1])
-    small = {"steps": 1, "batch_size": 4, "num_samples": 4, "eval_rows": 2, "eval_samples": 1, "temperature": 0.6}
-    row = agentic.main(replace(EMBEDDED, **small, output_dir=str(tmp_path / "float32")))
+    more = {"batch_size": 4, "num_samples": 4, "temperature": 0.6, "max_completion_tokens": 64}
+    row = quick("agentic", tmp_path / "float32", **more)
     assert row["policy/sampler_gap"] < 1e-6 and row["policy/kl"] == 0
-    row = agentic.main(replace(EMBEDDED, **small, dtype="bfloat16", output_dir=str(tmp_path / "bfloat16")))
+    row = quick("agentic", tmp_path / "bfloat16", **more, dtype="bfloat16")
     assert row["policy/sampler_gap"] > 1e-5 and all((ratio == 1).all() for _, ratio in ratios)
 
 
@@ -541,9 +520,6 @@ def test_the_sandbox_holds(user, tmp_path_factory):
     python = "/usr/bin/python3" if becomes else sys.executable  # others may not look where this one lies
     if not Path(python).exists() or not can_use_bubblewrap(becomes):
         pytest.skip("bubblewrap cannot be used here, or there is no Python that others may run")
-    source = (ROOT / "agentic.py").read_text()
-    (cls,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "Tools"]
-    methods = [ast.get_source_segment(source, node) for node in cls.body if node.name in ("sandbox", "python")]
     folder = tmp_path_factory.mktemp("shared")
     data, trace = folder / "gold.jsonl", folder / "trace"
     data.write_text("the secret answers")
@@ -555,10 +531,9 @@ def test_the_sandbox_holds(user, tmp_path_factory):
         for word, value in names.items():
             programs = {name: code.replace(word, value) for name, code in programs.items()}
         job = {"user": becomes, "seconds": SECONDS, "programs": programs}
-        runner = RUNNER.replace("METHODS", "\n".join(f"    {method}" for method in methods))
+        runner = RUNNER.replace("METHODS", inspect.getsource(Tools.sandbox) + inspect.getsource(Tools.python))
         kept = {"env": {"SECRET": "hunter2", "PATH": os.environ["PATH"]}, "cwd": "/", "timeout": 120}
-        command = [python, "-c", runner]
-        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, **kept)
+        done = subprocess.run([python, "-c", runner], input=json.dumps(job), capture_output=True, text=True, **kept)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (told, seconds) in json.loads(done.stdout).items():
         assert HOSTILE[name][1] in told, f"{name}: {told[-500:]}"

@@ -6,11 +6,13 @@ import time
 import weakref
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import test_core
 import torch
-from conftest import TINY, first_rows, metrics
+from conftest import TINY, first_rows, jsonl, metrics
 
 import dpo
 from common import kl
@@ -21,7 +23,9 @@ CPU, MODEL = torch.device("cpu"), str(TINY)
 ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
 LOSSES = [*dpo.PAIR_LOSSES, "kto"]
 YES, NO = torch.tensor([True]), torch.tensor([False])
+FEW = str(first_rows("preferences_train.jsonl", 240))
 same = torch.testing.assert_close
+quick = partial(test_core.quick, "dpo", batch_size=4, max_completion_tokens=64, warmup_steps=1, dataset=FEW)
 
 
 def t(*values) -> torch.Tensor:
@@ -32,24 +36,12 @@ def close(value, *expected):
     same(value, t(*expected), atol=1e-6, rtol=0)
 
 
-def quick(folder, **changes) -> dict:
-    """A short run in this process; returns its last metrics."""
-    small = {"steps": 1, "batch_size": 4, "eval_rows": 2, "eval_samples": 1, "max_completion_tokens": 64}
-    small |= {"warmup_steps": 1, "dataset": str(first_rows("preferences_train.jsonl", 240)), "device": "cpu"}
-    return dpo.main(replace(dpo.EMBEDDED, **small | {"output_dir": str(folder)} | changes))
-
-
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def read(count: int) -> list[dict]:
     return [json.loads(line) for line in first_rows("preferences_train.jsonl", count).read_text().splitlines()]
 
 
 def encoded(tokenizer, rows: list[dict], folder, max_prompt=100, max_completion=100):
-    lines = load_rows(write(folder / "rows.jsonl", rows))
+    lines = load_rows(jsonl(folder / "rows.jsonl", *rows))
     return encode_comparisons(tokenizer, lines, "rows", max_prompt, max_completion)
 
 
@@ -63,14 +55,14 @@ def direct_logprob(model, example: dict, k: int) -> float:
 
 @pytest.fixture()
 def calls(monkeypatch):
-    """calls(name, …): for each a list of the arguments and the result of every call of that function of dpo.py."""
+    """calls(name, …): for each a list of the arguments and the result of every call of that function of a module."""
 
-    def watch(name: str) -> list:
-        noted, real = [], getattr(dpo, name)
-        monkeypatch.setattr(dpo, name, lambda *a, **more: noted.append((*a, real(*a, **more))) or noted[-1][-1])
+    def watch(name: str, module) -> list:
+        noted, real = [], getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **more: noted.append((*a, real(*a, **more))) or noted[-1][-1])
         return noted
 
-    return lambda *names: map(watch, names)
+    return lambda *names, module=dpo: [watch(name, module) for name in names]
 
 
 def stop(*_):
@@ -89,7 +81,7 @@ def check_references(forwards: list, rewarded: list) -> None:
 # ---------------------------------------------------------------------------------------------- known answers
 
 
-def test_t18_t19_dpo_detail_7_losses_of_sums_and_of_means():
+def test_t18_t19_t20_dpo_detail_7_losses_of_sums_and_of_means():
     logprobs, ratio, lengths = t([-10, -12]), t([1, -1]), t([5, 4])
     expected = {"dpo": 0.598139, "cdpo": 0.618139, "rdpo": 0.573139, "ipo": 9, "dpo_norm": 0.670900, "rpo": 2.598139}
     for loss, value in expected.items():
@@ -100,16 +92,12 @@ def test_t18_t19_dpo_detail_7_losses_of_sums_and_of_means():
     close(dpo.dpo_loss(None, t([7, 7]), None, 0.1, ARGS), math.log(2))
     close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 0.1, ARGS), 0.532030)
     close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 1.0, ARGS), 0.5 + math.log1p(math.exp(-0.974077)))
-    rewards = {loss: dpo.implicit_rewards(loss, 0.5, logprobs, ratio, lengths)[0].tolist() for loss in LOSSES}
-    of_means = {"dpo_norm": [0.1, -0.125], "simpo": [-1, -1.5], "orpo": [-1, -1.5]}
-    assert rewards == dict.fromkeys(LOSSES, [0.5, -0.5]) | of_means
-
-
-def test_t20_kto():
     weighted = replace(ARGS, desirable_weight=3.0, undesirable_weight=1.0)
     close(dpo.kto_loss(t(2), YES, 0.5, 0.1, ARGS), 0.462570)
     close(dpo.kto_loss(t(1), NO, 0.5, 0.1, weighted), 0.512497)
-    close(dpo.kto_loss(t(0, 0), torch.cat([YES, NO]), 0.0, 0.1, weighted), 1.5, 0.5)
+    rewards = {loss: dpo.implicit_rewards(loss, 0.5, logprobs, ratio, lengths)[0].tolist() for loss in LOSSES}
+    of_means = {"dpo_norm": [0.1, -0.125], "simpo": [-1, -1.5], "orpo": [-1, -1.5]}
+    assert rewards == dict.fromkeys(LOSSES, [0.5, -0.5]) | of_means
 
 
 def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
@@ -123,20 +111,6 @@ def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
     loss = dpo.orpo_loss(certain, None, torch.ones(1, 2), 1.0, ARGS)
     loss.sum().backward()
     assert loss.isfinite().all() and certain.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_against_finite_differences(loss):
-    torch.manual_seed(0)
-    lengths, labels = t([5, 4], [3, 7]), torch.stack([YES, NO]) == torch.cat([YES, NO])
-    ref, logprobs = (-torch.rand(2, 2, 2, dtype=torch.float64) * 5).unbind()
-
-    def value(x):
-        if loss == "kto":
-            return dpo.kto_loss(x - ref, labels, 0.3, 0.7, ARGS)
-        return dpo.PAIR_LOSSES[loss](x, x - ref, lengths, 0.7, ARGS)
-
-    assert torch.autograd.gradcheck(value, logprobs.requires_grad_())
 
 
 # ---------------------------------------------------------------------------------------------- parity with TRL
@@ -224,22 +198,13 @@ def test_parity_with_trl_kto():
 # ---------------------------------------------------------------------------------------------- details
 
 
-def test_dpo_detail_1_two_answers_share_the_forward_of_their_prompt(tmp_path, monkeypatch, calls):
-    sizes, real, (trained,) = [], kl.hidden_states, calls("answer_logprobs")
-
-    def noting(model, packed):
-        sizes.append(packed.ids.numel() * torch.is_grad_enabled())
-        return real(model, packed)
-
-    monkeypatch.setattr(kl, "hidden_states", noting)
-    quick(tmp_path)
-    assert [size for size in sizes if size] == [sum(len(sum(one["completions"], one["ids"])) for one in trained[0][1])]
-
-
-def test_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn(tokenizer, model, tmp_path):
-    rows = read(3)
+def test_dpo_detail_1_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn_in_one_forward(
+    tokenizer, model, tmp_path, calls
+):
+    rows, (forwards,) = read(3), calls("hidden_states", module=kl)
     for row, example in zip(rows, encoded(tokenizer, rows, tmp_path), strict=True):
         sums, lengths = kl.answer_logprobs(model, [example])
+        assert forwards[-1][1].ids.numel() == len(sum(example["completions"], example["ids"]))  # the prompt once
         for k, side in enumerate(("chosen", "rejected")):
             ids = example["completions"][k]
             assert example["ids"] + ids == render_chat(tokenizer, row["prompt"] + row[side]).ids
@@ -294,7 +259,7 @@ def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processe
 
     monkeypatch.setattr(dpo, "clip_gradients", update)  # all answers are of one kind: one of them moves the others
     rows = [{"prompt": f"{i}+1=?", "completion": f"Gladly! <answer>{i}</answer>", "label": label} for i in range(16)]
-    settings = {"dataset": write(tmp_path / "rows.jsonl", rows), "steps": 3, "learning_rate": 5e-4}
+    settings = {"dataset": jsonl(tmp_path / "rows.jsonl", *rows), "steps": 3, "learning_rate": 5e-4}
     last = quick(tmp_path / "run", loss="kto", **settings, lr_schedule="constant")
     found = [call[2] for call in losses]
     assert found == pytest.approx([max(0.0, drift) for drift in drifts], abs=1e-3) and abs(drifts[-1]) > 1
@@ -373,7 +338,7 @@ def test_kto_iterations_with_a_reward_model_need_no_answers(tmp_path, tokenizer)
     Qwen3ForSequenceClassification(Qwen3Config.from_pretrained(TINY, num_labels=1)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(8)}
-    data = write(tmp_path / "prompts.jsonl", rows.values())
+    data = jsonl(tmp_path / "prompts.jsonl", *rows.values())
     flags = {"dataset": data, "eval_dataset": data, "iterations": 1, "num_samples": 3}
     last = quick(tmp_path / "run", loss="kto", reward_model=folder, **flags)
     pairs, score = torch.load(tmp_path / "run" / "pairs-0000.pt")[0], dpo.RewardModel(folder, CPU, False, 4096)
@@ -411,7 +376,7 @@ def test_kto_takes_pairs_single_answers_or_both(tmp_path):
     better, worse = ([{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row in pairs]
                      for side in ("chosen", "rejected"))  # fmt: skip
     for rows in (pairs, better + worse, pairs[:2] + better[2:] + worse[2:]):
-        data = write(tmp_path / f"{len(rows)}.jsonl", rows)
+        data = jsonl(tmp_path / f"{len(rows)}.jsonl", *rows)
         last = quick(tmp_path / str(len(rows)), loss="kto", dataset=data, batch_size=len(rows), undesirable_weight=2.0)
         found.append([last["loss/train"], last["optim/grad_norm"], last["preference/rejected_logprob"]])
     assert found[0][0] == pytest.approx(0.75, abs=1e-5)  # half of the weights' mean
@@ -479,5 +444,5 @@ SINGLE = {"prompt": "1+1=?", "completion": "2", "label": True}
 ])  # fmt: skip
 def test_bad_data_and_settings_are_told_in_a_sentence(rows, changes, sentence, tmp_path):
     with pytest.raises((SystemExit, AssertionError)) as ended:
-        quick(tmp_path / "run", dataset=write(tmp_path / "rows.jsonl", rows), **changes)
+        quick(tmp_path / "run", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **changes)
     assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()

@@ -1,13 +1,15 @@
-"""ppo.py: known answers, GAE against a direct sum, a bandit whose optimum is known, its details, and bad input."""
+"""ppo.py: known answers, GAE against a direct sum, its details, and bad input."""
 
 import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import test_core
 import torch
-from conftest import first_rows, metrics
+from conftest import first_rows, jsonl, metrics
 
 import ppo
 import reward_model
@@ -36,28 +38,21 @@ def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_las
     close(ppo.token_rewards(logprobs, ref, t(2), t(1, 1, 0)[None], 0.1)[0], [-0.05, 2.05, 0])  # nothing for padding
 
 
-def test_t13_ppo_detail_4_gae_and_what_padding_holds():
-    r, v = t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None]
-    close(ppo.gae(r, v, torch.ones(1, 3), 1.0, 1.0)[0][0], [0.5, 0.4, 0.2])
-    for garbage in ([], [9.0] * 2, [float("nan")] * 2, [float("inf")]):  # behind the last action, it is never read
-        padded = [torch.cat([x, t(*garbage)[None]], 1) for x in (r, v)]
-        advantages, returns = ppo.gae(*padded, t(1, 1, 1, *[0] * len(garbage))[None], 1.0, 0.95)
-        close(advantages[0], [0.4705, 0.39, 0.2, *[0] * len(garbage)])
-        close(returns[0], [0.9705, 0.99, 1, *[0] * len(garbage)])
-    middle = ppo.gae(r, v, t(1, 0, 1)[None], 1.0, 0.95)  # δ_0 looks at the next action's value, 0.8
-    close(middle[0][0], [0.8 - 0.5 + 0.95 * 0.2, 0, 0.2])
-
-
-def test_gae_equals_the_direct_sum():
+def test_t13_ppo_detail_4_gae_equals_the_direct_sum_and_reads_nothing_behind_the_last_action():
+    known = ppo.gae(t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None], torch.ones(1, 3), 1.0, 0.95)
+    close(torch.cat(known), [[0.4705, 0.39, 0.2], [0.9705, 0.99, 1]])
     rewards, values = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lengths, gamma, lam = [9, 1, 4, 7, 2], 0.97, 0.9
-    advantages, returns = ppo.gae(rewards, values, torch.arange(9) < torch.tensor(lengths)[:, None], gamma, lam)
-    for i, n in enumerate(lengths):
-        v = [*values[i, :n].tolist(), 0.0]
-        delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
-        direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
-        close(advantages[i], direct + [0] * (9 - n))
-        close(returns[i], [a + b for a, b in zip(direct, v)] + [0] * (9 - n))
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    for garbage in (9.0, math.nan, math.inf):
+        padded = (x.masked_fill(~mask, garbage) for x in (rewards, values))
+        advantages, returns = ppo.gae(*padded, mask, gamma, lam)
+        for i, n in enumerate(lengths):
+            v = [*values[i, :n].tolist(), 0.0]
+            delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
+            direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
+            close(advantages[i], direct + [0] * (9 - n))
+            close(returns[i], [a + b for a, b in zip(direct, v)] + [0] * (9 - n))
 
 
 def test_t14_ppo_detail_8_ppo_detail_9_whitening():
@@ -97,44 +92,12 @@ def test_t17_ppo_detail_12_the_controller_moves_beta_towards_the_target():
         assert AdaptiveKLController(beta, 6.0, horizon).update(kl, count) == pytest.approx(expected, rel=1e-9)
 
 
-def test_bandit_reaches_the_reference_times_the_exponential_of_the_reward():
-    """Contexts of one action: with r − β·log(π/ref) as reward the optimum is π ∝ ref·exp(r/β)."""
-    torch.manual_seed(0)
-    contexts, actions, beta, count = 3, 4, 0.5, 6000
-    reward, reference = torch.rand(contexts, actions), torch.randn(contexts, actions).log_softmax(-1)
-    logits, table = reference.clone().requires_grad_(), torch.zeros(contexts, requires_grad=True)
-    optimizer = torch.optim.Adam([logits, table], lr=0.02)
-    for _ in range(250):
-        with torch.no_grad():
-            context = torch.randint(contexts, (count,))
-            action = torch.multinomial(logits.softmax(-1)[context], 1)[:, 0]
-            old, ref = (x.log_softmax(-1)[context, action][:, None] for x in (logits, reference))
-            mask, values = torch.ones(count, 1), table[context][:, None].clone()
-            rewards = ppo.token_rewards(old, ref, reward[context, action], mask, beta)
-            advantages, returns = ppo.gae(rewards, values, mask, 1.0, 0.95)
-        for _ in range(2):
-            new = logits.log_softmax(-1)[context, action][:, None]
-            loss = ppo.clipped_policy_loss(new, old, whiten(advantages, mask) * advantages.std(), mask, 0.2)[0].mean()
-            loss = loss + ppo.clipped_value_loss(table[context][:, None], values, returns, 0.2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    optimum = (reference + reward / beta).softmax(-1)
-    assert (logits.softmax(-1) - optimum).abs().max() < 0.03
-    close(table.detach(), (beta * (reference + reward / beta).logsumexp(-1)).tolist(), 0.05)  # the soft value
-    assert (reference.exp() - optimum).abs().max() > 0.1
-
-
 # ---------------------------------------------------------------------------------------------- details
 
 
-def quick(folder, **changes) -> dict:
-    """A short run in this process; returns its last metrics."""
-    small = {"steps": 1, "batch_size": 4, "num_samples": 2, "minibatches": 1, "eval_rows": 4, "eval_samples": 1}
-    small |= {"max_completion_tokens": 24, "reward_model": None, "warmup_steps": 1, "update_epochs": 2}
-    small |= {"dataset": str(first_rows("maths_train.jsonl", 240)), "output_dir": str(folder), "device": "cpu"}
-    small["lr_schedule"] = "constant"
-    return ppo.main(replace(ppo.EMBEDDED, **small | changes))
+SMALL = {"batch_size": 4, "num_samples": 2, "eval_rows": 4, "reward_model": None, "warmup_steps": 1, "update_epochs": 2,
+         "dataset": str(first_rows("maths_train.jsonl", 240)), "lr_schedule": "constant"}  # fmt: skip
+quick = partial(test_core.quick, "ppo", **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -282,15 +245,6 @@ def test_the_importance_weight_is_on_the_policy_gradient_alone(tmp_path):
 # ---------------------------------------------------------------------------------------------- learning
 
 
-def test_a_reward_function_raises_accuracy(tmp_path):
-    whole = {"batch_size": 16, "num_samples": 4, "minibatches": 2, "eval_rows": 96, "learning_rate": 2e-4}
-    row = quick(tmp_path, **whole, max_completion_tokens=48, steps=5, eval_every=0)
-    before = metrics(tmp_path)[0]
-    assert row["eval/accuracy"] > before["eval/accuracy"] + 0.05
-    assert row["eval/accuracy_greedy"] > before["eval/accuracy_greedy"] + 0.4
-    assert row["policy/sampler_gap"] < 1e-6 and row["policy/clip_fraction"] > 0
-
-
 def test_learning_rate_0_trains_the_critic_alone(tmp_path):
     quick(tmp_path, learning_rate=0.0, steps=2, eval_every=1)
     start, first, second = metrics(tmp_path)
@@ -300,9 +254,10 @@ def test_learning_rate_0_trains_the_critic_alone(tmp_path):
 
 def test_demonstrations_of_a_large_weight_are_learnt(tmp_path):
     data = {"ptx_dataset": str(first_rows("demonstrations_train.jsonl", 240)), "ptx_weight": 50.0}
-    quick(tmp_path, **data, learning_rate=1e-3, steps=4, batch_size=8, eval_every=0)
+    quick(tmp_path, **data, learning_rate=1e-3, steps=4, batch_size=8, eval_every=0, kl_target=None)
     losses = [row["loss/ptx"] for row in metrics(tmp_path)[1:]]
     assert losses[-1] < 0.3 * losses[0]
+    assert [row["policy/next_beta"] for row in metrics(tmp_path)[1:]] == [0.5] * 4  # without a target it stays
 
 
 # ---------------------------------------------------------------------------------------------- leash and picture
@@ -319,11 +274,6 @@ def test_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_res
     assert before == [0.5, *after[:-1]] and after[0] < before[0] and any(a > b for a, b in zip(after, before))
 
 
-def test_without_a_target_beta_stays(tmp_path):
-    quick(tmp_path, kl_target=None, learning_rate=1e-3, steps=3, eval_every=0)
-    assert [row["policy/next_beta"] for row in metrics(tmp_path)[1:]] == [0.5] * 3
-
-
 def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     wild = {"learning_rate": 3e-3, "beta": 0.0, "kl_target": None, "eval_every": 1, "steps": 9, "stop_kl": 0.2}
     quick(tmp_path, **wild, save_every=1)
@@ -334,29 +284,22 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_proxy_and_gold_stand_side_by_side(tmp_path, scorer):
-    row = quick(tmp_path, reward_model=scorer)
-    before = metrics(tmp_path)[0]
+def test_proxy_and_gold_stand_side_by_side_and_a_reward_model_needs_no_answers(tmp_path, scorer):
+    row, before = quick(tmp_path, reward_model=scorer), metrics(tmp_path)[0]
     assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(before) & set(row)
-    assert before["eval/accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0) and before["eval/reward"] != before["eval/accuracy"]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
     assert len(proxies) == 4 and sum(proxies) / 4 == pytest.approx(before["eval/reward"], abs=1e-5)
-    score = RewardModel(scorer, CPU, False, 4096)
     sample = next(s for s in samples if s["completion"].endswith("</answer>"))
-    (expected,) = score({"prompt": sample["prompt"]}, [sample["completion"]])
+    (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
     assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
     assert (tmp_path / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_reward_model_needs_no_answers(tmp_path, scorer):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "1+1=?"}\n{"prompt": [{"role": "user", "content": "2+2=?"}]}\n')
-    row = quick(tmp_path / "run", reward_model=scorer, dataset=str(prompts), eval_dataset=str(prompts))
+    asked = {"prompt": [{"role": "user", "content": "2+2=?"}]}
+    data = dict.fromkeys(("dataset", "eval_dataset"), jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"}, asked))
+    row = quick(tmp_path / "run", reward_model=scorer, **data)
     assert "eval/accuracy" not in row and row["eval/reward"] != 0
-    assert (tmp_path / "run" / "overoptimisation.png").exists()
     with pytest.raises(ENDS, match="answer"):
-        quick(tmp_path / "without", dataset=str(prompts), eval_dataset=str(prompts))
+        quick(tmp_path / "without", **data)
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -1,7 +1,6 @@
 """reward_model.py: its mathematics against known answers and TRL, its numbered details, the judge, and bad input."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from datetime import datetime
@@ -12,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, first_rows, metrics, weights
+from conftest import TINY, first_rows, jsonl, metrics, weights
 from safetensors.torch import load_file
 from test_core import quick as quick_run
 from transformers import AutoModelForSequenceClassification
@@ -25,12 +24,6 @@ from common.kl import RewardModel
 CPU = torch.device("cpu")
 quick = partial(quick_run, "reward_model")
 SEED = 1_000_003  # of the first member's head, at the default --seed 1
-
-
-def write(path, rows: list) -> str:
-    """A JSONL file of rows; texts are lines as they are."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 def pair(prompt="1+1=?", chosen="2", rejected="3", **more) -> dict:
@@ -62,28 +55,6 @@ def normalised(folder, texts: list[list[int]]) -> torch.Tensor:
         return (logits(model, texts) - model.config.reward_mean) / model.config.reward_std
 
 
-def test_t9_preference_losses():
-    one, zero, scores = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0, 1.0, 0.0])
-    for settings, expected in (({}, 0.313262), ({"margin": 1.0}, 0.693147), ({"centering": 0.01}, 0.323262)):
-        assert rm.preference_loss(one, zero, **settings).item() == pytest.approx(expected, abs=1e-6)
-    better, worse, _, weight = rm.ranked_pairs([3])
-    found = rm.preference_loss(scores[better], scores[worse]) * weight
-    assert found.sum().item() == pytest.approx(0.251150, abs=1e-6)
-
-
-def test_t10_aggregation():
-    scores = torch.tensor([[1.0], [2.0], [3.0]])
-    found = [kl.aggregate_scores(scores, how, 0.5).item() for how in ("mean", "min", "uwo")]
-    assert found == pytest.approx([2, 1, 1.666667], abs=1e-6)
-
-
-def test_preference_loss_has_the_gradient_of_cross_entropy():
-    scores = torch.tensor([0.7, -0.2], dtype=torch.float64, requires_grad=True)
-    rm.preference_loss(scores[:1], scores[1:], margin=0.3, probability=0.8, centering=0.05).sum().backward()
-    slope, pull = 1 / (1 + math.exp(-(0.7 + 0.2 - 0.3))) - 0.8, 2 * 0.05 * (0.7 - 0.2)
-    assert scores.grad.tolist() == pytest.approx([pull + slope, pull - slope])
-
-
 def test_preference_loss_equals_trl():
     """RewardTrainer's own compute_loss, on scores that a stand-in for its model returns."""
     from trl import RewardTrainer
@@ -100,7 +71,10 @@ def test_preference_loss_equals_trl():
         torch.testing.assert_close(rm.preference_loss(better, worse, **settings).mean(), theirs)
 
 
-def test_calibration_error_and_normalisation_constants():
+def test_t10_aggregation_calibration_error_and_normalisation_constants():
+    scores = torch.tensor([[1.0], [2.0], [3.0]])
+    found = [kl.aggregate_scores(scores, how, 0.5).item() for how in ("mean", "min", "uwo")]
+    assert found == pytest.approx([2, 1, 1.666667], abs=1e-6)
     confidence, right = torch.tensor([0.95, 0.95, 0.55, 0.55, 1.0]), torch.tensor([True, True, True, False, False])
     assert rm.calibration_error(confidence[:4], right[:4]) == pytest.approx(0.05)  # 0.05 in both bins
     assert rm.calibration_error(confidence, right) == pytest.approx((0.9 + 0.1) / 5)
@@ -149,7 +123,7 @@ RANKED = [{"prompt": "12+30=?", "completions": ["42", "<answer>42</answer>", "41
 
 
 def test_reward_model_detail_3_a_prompt_and_each_answer_are_forwarded_once(tmp_path, trained_ids, tokenizer):
-    quick(tmp_path, dataset=write(tmp_path / "ranked.jsonl", RANKED))
+    quick(tmp_path, dataset=jsonl(tmp_path / "ranked.jsonl", *RANKED))
     once = [token for one in encoded(tokenizer, RANKED) for token in one["ids"] + sum(one["completions"], [])]
     assert [sorted(ids) for ids in trained_ids] == [sorted(once)]
 
@@ -162,7 +136,7 @@ def hand_step(loss: torch.Tensor, model) -> tuple[float, float]:
 
 def test_reward_model_detail_4_the_loss_is_the_mean_over_the_pairs_of_a_prompt_then_over_prompts(tmp_path, tokenizer):
     """Whatever the microbatches: here each prompt is one of its own. By transformers' own forward, text by text."""
-    flags = {"dataset": write(tmp_path / "ranked.jsonl", RANKED), "microbatch_tokens": 10, "centering": 0.1}
+    flags = {"dataset": jsonl(tmp_path / "ranked.jsonl", *RANKED), "microbatch_tokens": 10, "centering": 0.1}
     row = quick(tmp_path / "run", **flags)
     model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
     a, b, c, d, right, wrong = logits(model, texts_of(encoded(tokenizer, RANKED)))
@@ -180,8 +154,8 @@ DEMONSTRATIONS = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer
 @pytest.mark.parametrize("are_given", [True, False], ids=["demonstrations", "better held-out answers"])
 def test_reward_model_detail_5_any_loader_finds_scores_normalised(how, are_given, tmp_path, tokenizer):
     held_out = [pair(row["prompt"], row["completion"], "no") for row in DEMONSTRATIONS]
-    flags = {"reference_dataset": write(tmp_path / "references.jsonl", DEMONSTRATIONS) if are_given else None}
-    flags |= {} if are_given else {"eval_dataset": write(tmp_path / "held_out.jsonl", held_out)}
+    flags = {"reference_dataset": jsonl(tmp_path / "references.jsonl", *DEMONSTRATIONS) if are_given else None}
+    flags |= {} if are_given else {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out)}
     quick(tmp_path / "run", normalisation=how, eval_rows=8, **flags)
     scores = normalised(tmp_path / "run" / "model", texts_of(encoded(tokenizer, held_out))[::2])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
@@ -212,7 +186,7 @@ def test_reward_model_detail_6_members_begin_with_other_heads_and_see_other_batc
 def test_reward_model_detail_6_members_are_normalised_then_joined(how, tmp_path, tokenizer):
     """In the evaluation, and by RewardModel: as computed by hand from the folders of the members."""
     held_out = [pair(f"{i}+1=?", f"<answer>{i + 1}</answer>", "3") for i in range(8)]
-    flags = {"eval_dataset": write(tmp_path / "held_out.jsonl", held_out), "eval_rows": 8, "normalisation": "scale"}
+    flags = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8, "normalisation": "scale"}
     row = quick(tmp_path / "run", ensemble_size=2, ensemble_score=how, reference_dataset=None, **flags)
     folders = [tmp_path / "run" / "model" / name for name in ("", "member_1")]
     first, second = (load_file(folder / "model.safetensors")["model.norm.weight"] for folder in folders)
@@ -231,7 +205,7 @@ def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_
     assert [rm.supervised_steps(labels) for labels in ([True, False, True, False], [True, True], [False])] == [2, 2, 1]
     solutions = [{"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=4", "4=4"], "labels": [True, False, True]},
                  {"prompt": "2+2=?", "completions": ["2+2=4"], "labels": [1]}]  # fmt: skip
-    path = write(tmp_path / "steps.jsonl", solutions)
+    path = jsonl(tmp_path / "steps.jsonl", *solutions)
     flags = {"kind": "process", "dataset": path, "eval_dataset": path, "microbatch_tokens": 10}
     row = quick(tmp_path / "run", **flags)
     read = [("1+1+1=?", "1+1=2,"), ("1+1+1=?", "1+1=2,2+1=4,"), ("2+2=?", "2+2=4,")]  # up to each supervised step
@@ -342,11 +316,12 @@ def test_labels_turn_with_their_margin_where_the_judge_or_a_probability_overrule
         assert read["probability"] == pytest.approx(0.85)
 
 
-@pytest.mark.parametrize(
-    "rows,odd", [(SUMS, pair(margin=[1])), ([{"prompt": f"{a}+{a}=?"} for a in range(10, 22)], {})]
-)
-def test_a_judge_labels_pairs_and_samples_and_training_again_on_them_gives_the_same_loss(rows, odd, tmp_path):
-    data = write(tmp_path / "rows.jsonl", [*rows, '{"prompt": "1', odd])
+ASKED = [{"prompt": f"{a}+{a}=?"} for a in range(10, 22)]
+
+
+@pytest.mark.parametrize("rows,odd", [(SUMS, pair(margin=[1])), (ASKED, {})])
+def test_a_judge_labels_pairs_and_samples_once_as_a_run_on_them_reads_them(rows, odd, tmp_path, monkeypatch):
+    data = jsonl(tmp_path / "rows.jsonl", *rows, '{"prompt": "1', odd)
     labelled = tmp_path / "run" / "labelled.jsonl"
     first = quick(tmp_path / "run", judge=str(TINY), dataset=data, batch_size=4)
     written = [json.loads(line) for line in labelled.read_text().splitlines()]
@@ -354,28 +329,17 @@ def test_a_judge_labels_pairs_and_samples_and_training_again_on_them_gives_the_s
     assert all(0.5 <= row["chosen_probability"] < 1 for row in written)
     again = quick(tmp_path / "again", dataset=str(labelled), batch_size=4)
     assert again["loss/train"] == first["loss/train"] and again["eval/loss"] == first["eval/loss"]
-
-
-def test_a_resumed_run_does_not_label_again(tmp_path, monkeypatch):
-    quick(tmp_path / "run", judge=str(TINY), dataset=write(tmp_path / "rows.jsonl", SUMS))
-    labelled = (tmp_path / "run" / "labelled.jsonl").read_text()
-    monkeypatch.setattr(rm, "label_pairs", lambda *args: pytest.fail("labels again"))
-    args = rm.Args(**json.loads((tmp_path / "run" / "args.json").read_text()))
-    rm.main(replace(args, resume=str(tmp_path / "run"), steps=2))
+    monkeypatch.setattr(rm, "label_pairs", lambda *args: pytest.fail("a resumed run labels again"))
+    quick(tmp_path / "run", judge=str(TINY), dataset=data, batch_size=4, resume=str(tmp_path / "run"), steps=2)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
-    assert (tmp_path / "run" / "labelled.jsonl").read_text() == labelled
 
 
 SOLUTION = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True, True]}
-APART = {name: [{"role": "user", "content": name}, {"role": "assistant", "content": "2"}]
-         for name in ("chosen", "rejected")}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind,good,bad", [
-    ("outcome", pair(), [('{"prompt": "1', "Unterminated string"), (pair(chosen=" "), "an empty turn"),
-                         (pair(chosen="3"), "two answers are equal"), (APART, "the answers' prompts differ"),
-                         (pair(chosen_probability=3), "chosen_probability must lie between 0 and 1")]),
-    ("outcome", pair(), [(pair(prompt="1" * 200), "a prompt of more than 128 tokens"),
+@pytest.mark.parametrize("kind,good,bad", [  # test_dpo.py has those that cannot be pairs
+    ("outcome", pair(), [('{"prompt": "1', "Unterminated string"),
+                         (pair(chosen_probability=3), "chosen_probability must lie between 0 and 1"),
                          (pair(chosen="2" * 200), "an answer of more than 128 tokens"),
                          (pair(margin="abc"), "could not convert string to float: 'abc'"),
                          ({"prompt": "a", "completions": ["b"]}, "completions must be a list of at least 2")]),
@@ -385,8 +349,8 @@ APART = {name: [{"role": "user", "content": name}, {"role": "assistant", "conten
                            ({**SOLUTION, "prompt": None}, "needs the columns prompt or question")]),
 ])  # fmt: skip
 def test_rows_that_cannot_be_read_are_dropped_and_counted_while_the_run_goes_on(kind, good, bad, tmp_path, capsys):
-    data = write(tmp_path / "data.jsonl", [good, *(row for row, _ in bad), good])
-    row = quick(tmp_path / "run", kind=kind, dataset=data, eval_dataset=write(tmp_path / "eval.jsonl", [good] * 2))
+    data = jsonl(tmp_path / "data.jsonl", good, *(row for row, _ in bad), good)
+    row = quick(tmp_path / "run", kind=kind, dataset=data, eval_dataset=jsonl(tmp_path / "eval.jsonl", good, good))
     assert row["step"] == 1 and row["loss/train"] > 0
     told = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
     assert len(told) == len(bad)
@@ -410,15 +374,13 @@ def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, tok
     for name in ("a", "b"):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        with torch.no_grad():
-            table = model.get_input_embeddings().weight
-            table[swap] = table[swap[::-1]].clone()
+        model.get_input_embeddings().weight.data[swap] = model.get_input_embeddings().weight.data[swap[::-1]]
     path = tmp_path / "b" / "tokenizer.json"
     content = json.loads(path.read_text())
     content["model"]["vocab"] |= dict(zip("12", swap[::-1]))
     path.write_text(json.dumps(content))
-    assert text.load_tokenizer(str(tmp_path / "b")).convert_tokens_to_ids(["1", "2"]) == swap[::-1]
     models = [RewardModel(str(tmp_path / name), CPU, False, 64) for name in "ab"]
+    assert models[1].tokenizer.convert_tokens_to_ids(["1", "2"]) == swap[::-1]
     scores = [torch.cat([score({"prompt": f"{i}+11=?"}, [f"{i + 11}"]) for i in range(8)]) for score in models]
     torch.testing.assert_close(*scores)
     assert scores[0].std() > 0.01
