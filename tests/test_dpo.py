@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import test_core
@@ -22,10 +23,9 @@ from common.tokenizer import encode_comparisons, encode_prompt, load_rows, rende
 CPU, MODEL = torch.device("cpu"), str(TINY)
 ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
 LOSSES = [*dpo.PAIR_LOSSES, "kto"]
-YES, NO = torch.tensor([True]), torch.tensor([False])
 FEW = str(first_rows("preferences_train.jsonl", 240))
 same = torch.testing.assert_close
-quick = partial(test_core.quick, "dpo", batch_size=4, max_completion_tokens=64, warmup_steps=1, dataset=FEW)
+quick = partial(test_core.quick, "dpo", batch_size=4, max_completion_tokens=24, warmup_steps=1, dataset=FEW)
 
 
 def t(*values) -> torch.Tensor:
@@ -53,6 +53,12 @@ def direct_logprob(model, example: dict, k: int) -> float:
     return float(logprobs[range(len(ids)), ids].sum())
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """test_core.py has those; drawing them would take half of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)
+
+
 @pytest.fixture()
 def calls(monkeypatch):
     """calls(name, …): for each a list of the arguments and the result of every call of that function of a module."""
@@ -78,23 +84,19 @@ def check_references(forwards: list, rewarded: list) -> None:
     assert ratios[-1].abs().max() > 0.1
 
 
-# ---------------------------------------------------------------------------------------------- known answers
-
-
 def test_t18_t19_t20_dpo_detail_7_losses_of_sums_and_of_means():
     logprobs, ratio, lengths = t([-10, -12]), t([1, -1]), t([5, 4])
-    expected = {"dpo": 0.598139, "cdpo": 0.618139, "rdpo": 0.573139, "ipo": 9, "dpo_norm": 0.670900, "rpo": 2.598139}
-    for loss, value in expected.items():
-        close(dpo.PAIR_LOSSES[loss](logprobs, ratio, lengths, 0.1, ARGS), value)
-    close(dpo.dpo_norm_loss(logprobs, ratio, lengths, 5.0, ARGS), 0.100207)
-    close(dpo.simpo_loss(logprobs, ratio, lengths, 2.0, ARGS), 0.313262)
+    for loss, beta, value in (
+        ("dpo", 0.1, 0.598139), ("cdpo", 0.1, 0.618139), ("rdpo", 0.1, 0.573139), ("ipo", 0.1, 9),
+        ("dpo_norm", 5.0, 0.100207), ("rpo", 0.1, 2.598139), ("simpo", 2.0, 0.313262),
+    ):  # fmt: skip
+        close(dpo.PAIR_LOSSES[loss](logprobs, ratio, lengths, beta, ARGS), value)
     close(dpo.ipo_loss(None, ratio / lengths, None, 0.1, ARGS), 20.7025)
     close(dpo.dpo_loss(None, t([7, 7]), None, 0.1, ARGS), math.log(2))
     close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 0.1, ARGS), 0.532030)
     close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 1.0, ARGS), 0.5 + math.log1p(math.exp(-0.974077)))
     weighted = replace(ARGS, desirable_weight=3.0, undesirable_weight=1.0)
-    close(dpo.kto_loss(t(2), YES, 0.5, 0.1, ARGS), 0.462570)
-    close(dpo.kto_loss(t(1), NO, 0.5, 0.1, weighted), 0.512497)
+    close(dpo.kto_loss(t(2, 1), torch.tensor([True, False]), 0.5, 0.1, weighted), 3 * 0.462570, 0.512497)
     rewards = {loss: dpo.implicit_rewards(loss, 0.5, logprobs, ratio, lengths)[0].tolist() for loss in LOSSES}
     of_means = {"dpo_norm": [0.1, -0.125], "simpo": [-1, -1.5], "orpo": [-1, -1.5]}
     assert rewards == dict.fromkeys(LOSSES, [0.5, -0.5]) | of_means
@@ -111,9 +113,6 @@ def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
     loss = dpo.orpo_loss(certain, None, torch.ones(1, 2), 1.0, ARGS)
     loss.sum().backward()
     assert loss.isfinite().all() and certain.grad.isfinite().all()
-
-
-# ---------------------------------------------------------------------------------------------- parity with TRL
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +161,7 @@ def test_parity_with_trl_orpo_simpo_and_cdpo():
     means, lengths = -torch.rand(6, 2) * 3, torch.randint(1, 9, (6, 2))
     sums, two, stub = means * lengths, means.unbind(1), SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
     vars(stub).update(beta=0.3, alpha=0.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=0.0)
-    odds, *_ = ORPOTrainer.odds_ratio_loss(stub, *two)
-    same(dpo.orpo_loss(sums, None, lengths, 0.3, ARGS), -two[0] - odds)
+    same(dpo.orpo_loss(sums, None, lengths, 0.3, ARGS), -two[0] - ORPOTrainer.odds_ratio_loss(stub, *two)[0])
     same(dpo.simpo_loss(sums, None, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
     stub.loss_type, stub.label_smoothing = "sigmoid", 0.1  # cDPO is CPO's smoothed loss of log-ratios
     same(dpo.cdpo_loss(None, means, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
@@ -175,27 +173,22 @@ def test_parity_with_trl_kto():
 
     torch.manual_seed(0)
     new, mismatched, (ref, ref_mismatched) = -torch.rand(4, 5), -torch.rand(4, 5), -torch.rand(2, 4) * 3
-    label, ones, zero = torch.tensor([True, False, True, False]), torch.ones(4, 6, dtype=torch.long), torch.zeros(4, 5)
-    means = {"entropy": zero, "mean_logits": zero, "mean_token_accuracy": zero.sum(), "num_correct": zero.sum()}
+    label, ones = torch.tensor([True, False, True, False]), torch.ones(4, 6, dtype=torch.long)
 
     def model(input_ids, **_):
-        return SimpleNamespace(log_probs=mismatched if (input_ids == 2).all() else new, **means)
+        numbers = dict.fromkeys(("entropy", "mean_logits", "mean_token_accuracy", "num_correct"), torch.zeros(4, 5))
+        return SimpleNamespace(log_probs=mismatched if (input_ids == 2).all() else new, **numbers)
 
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), calculate_KL=True, precompute_ref_logps=True, aux_loss_enabled=False,
-        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x), use_kernel=False,
-        loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.3, _tp_size=1,
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
-    )  # fmt: skip
-    trainer._compute_kl_logps = lambda m, b: KTOTrainer._compute_kl_logps(trainer, m, b)
+    trainer = MagicMock(loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.3, _tp_size=1)
+    trainer.aux_loss_enabled, trainer.use_kernel, trainer._total_train_tokens = False, False, 0
+    trainer.accelerator.device, trainer._metrics = "cpu", {"train": defaultdict(list)}
+    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
+    trainer._compute_kl_logps = partial(KTOTrainer._compute_kl_logps, trainer)
     batch = {f"{kind}{name}_mask": ones for kind in ("", "KL_") for name in ("attention", "completion")}
     batch |= {"input_ids": ones, "KL_input_ids": ones * 2, "label": label, "ref_logps": ref}
     expected = KTOTrainer._compute_loss(trainer, model, {**batch, "ref_KL_logps": ref_mismatched}, False)
     baseline = max(0.0, float((mismatched.sum(1) - ref_mismatched).mean()))
     same(dpo.kto_loss(new.sum(1) - ref, label, baseline, 0.1, ARGS).mean(), expected)
-
-
-# ---------------------------------------------------------------------------------------------- details
 
 
 def test_dpo_detail_1_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn_in_one_forward(
@@ -213,27 +206,19 @@ def test_dpo_detail_1_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn_in_
 
 
 def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch, calls):
-    """A run that is stopped keeps the numbers, and SimPO and ORPO need none; there is no second model."""
+    """A run that is stopped keeps the numbers; there is no second model."""
     models, scored, *trained = calls("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
-    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 9])
+    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 5])
     monkeypatch.setattr(dpo, "clip_gradients", lambda *args: next(updates)(*args))
     settings = {"steps": 3, "save_every": 1, "learning_rate": 1e-3}
-    settings["dataset"] = str(first_rows("preferences_train.jsonl", 200))
     with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path / "dpo", **settings)
+        quick(tmp_path, **settings)
     assert len(models) == 1 and [len(call[2]) for call in scored] == [2, 12, 2]  # held out, drawn, held out
-    assert [torch.load(path).shape for path in (tmp_path / "dpo").glob("reference-*.pt")] == [(12, 3)]
-    quick(tmp_path / "dpo", **settings, resume=str(tmp_path / "dpo"))
+    quick(tmp_path, **settings, resume=str(tmp_path))
     assert len(models) == 2 and [len(call[2]) for call in scored[3:]] == [2, 2]
     same(scored[3][-1], scored[0][-1])  # that of held-out pairs is the first policy's, too
+    quick(tmp_path, **settings | {"steps": 4, "seed": 2}, resume=str(tmp_path))  # other rows are drawn
     check_references(*trained)
-    quick(tmp_path / "dpo", **settings | {"steps": 4, "seed": 2}, resume=str(tmp_path / "dpo"))  # other rows are drawn
-    check_references(*trained)
-    for loss in dpo.NEEDS_NO_REFERENCE:
-        models.clear(), scored.clear()
-        quick(tmp_path / loss, loss=loss)
-        assert len(models) == 1 and {len(call[2]) for call in scored} == {0, 2}
-        assert not list((tmp_path / loss).glob("*.pt"))
 
 
 def test_dpo_detail_5_ties_are_wrong(tmp_path):
@@ -267,22 +252,18 @@ def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processe
     assert (found[-1] > 0) == label
 
 
-def mismatches(keys: list[int], seed: int) -> list[int]:
-    """For rows whose prompts have these keys, the rows that other answers are taken from."""
-    example = with_mismatches([{"key": key, "completions": [[i]]} for i, key in enumerate(keys)], seed)
-    return [example(i)["completions"][0][0] for i in range(len(keys))]
-
-
 def test_dpo_detail_6_every_partner_has_another_prompt_in_linear_time():
-    for keys in ([5] * 97 + [1, 2, 3], [1, 2], list(range(50)), [3, 1, 3, 2, 1] * 9):
+    def partners(keys: list[int], seed: int) -> list[int]:
+        example = with_mismatches([{"key": key, "completions": [[i]]} for i, key in enumerate(keys)], seed)
+        return [example(i)["completions"][0][0] for i in range(len(keys))]
+
+    for keys in ([5] * 97 + [1, 2, 3], [3, 1, 3, 2, 1] * 9):
         for seed in range(20):
-            assert all(keys[i] != keys[j] for i, j in enumerate(mismatches(keys, seed)))
-    assert len({tuple(mismatches([1, 2, 3], seed)) for seed in range(99)}) == 2**3  # all that there are
-    rows, began = [{"key": i // 2} for i in range(500_000)], time.perf_counter()
+            assert all(keys[i] != keys[j] for i, j in enumerate(partners(keys, seed)))
+    assert len({tuple(partners([1, 2, 3], seed)) for seed in range(99)}) == 2**3  # all that there are
+    rows, began = [{"key": i // 2} for i in range(100_000)], time.perf_counter()
     with_mismatches(rows, 1)
     assert time.perf_counter() - began < 3
-    with pytest.raises(AssertionError, match="all prompts are the same"):
-        mismatches([7] * 9, 1)
 
 
 def test_dpo_detail_9_best_and_worst_as_the_samplers_own_ids_without_ties(tokenizer):
@@ -311,7 +292,7 @@ def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer
         monkeypatch.setattr(module, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
     monkeypatch.setattr(dpo, "clip_gradients", lambda *args: count() or next(updates)(*args))
     settings = {"iterations": 2, "num_samples": 4, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
-    settings["dataset"] = str(first_rows("maths_train.jsonl", 12))
+    settings |= {"dataset": str(first_rows("maths_train.jsonl", 12)), "max_completion_tokens": 64}
     with pytest.raises(KeyboardInterrupt):
         quick(tmp_path, **settings)
     assert len(sampled) == 1 and len(loaded) == 2 and alive == [1, 1]
@@ -331,34 +312,28 @@ def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer
 
 
 def test_kto_iterations_with_a_reward_model_need_no_answers(tmp_path, tokenizer):
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-    torch.manual_seed(0)
     folder = str(tmp_path / "rm")
-    Qwen3ForSequenceClassification(Qwen3Config.from_pretrained(TINY, num_labels=1)).save_pretrained(folder)
+    kl.load_scalar_model(MODEL, CPU, head_seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(8)}
     data = jsonl(tmp_path / "prompts.jsonl", *rows.values())
-    flags = {"dataset": data, "eval_dataset": data, "iterations": 1, "num_samples": 3}
+    flags = {"dataset": data, "eval_dataset": data, "iterations": 1, "num_samples": 3, "max_completion_tokens": 64}
     last = quick(tmp_path / "run", loss="kto", reward_model=folder, **flags)
     pairs, score = torch.load(tmp_path / "run" / "pairs-0000.pt")[0], dpo.RewardModel(folder, CPU, False, 4096)
     assert last["preference/pairs"] == len(pairs) > 5 and "preference/baseline" in last and "eval/accuracy" not in last
     for pair in pairs:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair["completions"]]
-        best, worst = score(rows[tuple(pair["ids"])], texts)
+        best, worst = score(rows[tuple(pair["ids"])], [tokenizer.decode(ids[:-1]) for ids in pair["completions"]])
         assert best > worst
-
-
-# ---------------------------------------------------------------------------------------------- it learns
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "evaluate_answers", lambda *args: ({}, []))
-    last = quick(tmp_path, loss=loss, steps=10, batch_size=8, eval_rows=32)
+    last = quick(tmp_path, loss=loss, steps=4, batch_size=8, eval_rows=32, learning_rate=1e-3)
     before = metrics(tmp_path)[0]
-    assert last["eval/preference_margin"] > before["eval/preference_margin"] + 0.004
-    assert last["eval/loss"] < before["eval/loss"] - 0.01
+    assert last["eval/preference_margin"] > before["eval/preference_margin"] + 0.02
+    assert last["eval/loss"] < before["eval/loss"] - 0.04
+    assert len(list(tmp_path.glob("reference-*.pt"))) == (loss not in ("simpo", "orpo"))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -381,9 +356,6 @@ def test_kto_takes_pairs_single_answers_or_both(tmp_path):
         found.append([last["loss/train"], last["optim/grad_norm"], last["preference/rejected_logprob"]])
     assert found[0][0] == pytest.approx(0.75, abs=1e-5)  # half of the weights' mean
     assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------- data
 
 
 def turns(*texts) -> list[dict]:
@@ -434,11 +406,8 @@ SINGLE = {"prompt": "1+1=?", "completion": "2", "label": True}
     ([SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
     ([{**SINGLE, "label": "yes"}], {"loss": "kto"}, "label must be true or false, not 'yes'"),
     ([SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
-    ([PAIR], {"eval_dataset": None}, "too few to hold any out"),
-    ([PAIR], {"max_completion_tokens": 600}, "fills the model's whole context"),
     ([PAIR], {"reward_model": MODEL}, "add --iterations"),
     ([PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),
-    ([PAIR], {"iterations": 1, "reward_model": MODEL}, "a sequence classifier with one label"),
     ([PAIR], {"iterations": 1}, "all samples of a prompt have equal rewards"),
     ([{"prompt": "1+1=?"}], {"iterations": 1}, "needs the columns answer"),
 ])  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import test_core
 import torch
 from conftest import first_rows, jsonl, metrics
+from safetensors.torch import load_file, save_file
 
 import ppo
 import reward_model
@@ -18,7 +19,6 @@ from common.kl import AdaptiveKLController, RewardModel, pack_whole, token_score
 from common.tokenizer import encode_answered
 
 CPU = torch.device("cpu")
-ENDS = (SystemExit, AssertionError)
 
 
 def t(*values) -> torch.Tensor:
@@ -27,9 +27,6 @@ def t(*values) -> torch.Tensor:
 
 def close(value, expected, tolerance=1e-6):
     torch.testing.assert_close(torch.as_tensor(value).double(), t(*expected), atol=tolerance, rtol=0)
-
-
-# ---------------------------------------------------------------------------------------------- known answers
 
 
 def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_last_action():
@@ -92,11 +89,8 @@ def test_t17_ppo_detail_12_the_controller_moves_beta_towards_the_target():
         assert AdaptiveKLController(beta, 6.0, horizon).update(kl, count) == pytest.approx(expected, rel=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------- details
-
-
-SMALL = {"batch_size": 4, "num_samples": 2, "eval_rows": 4, "reward_model": None, "warmup_steps": 1, "update_epochs": 2,
-         "dataset": str(first_rows("maths_train.jsonl", 240)), "lr_schedule": "constant"}  # fmt: skip
+SMALL = {"batch_size": 4, "eval_rows": 4, "max_completion_tokens": 12, "reward_model": None, "warmup_steps": 1,
+         "update_epochs": 2, "dataset": str(first_rows("maths_train.jsonl", 240)), "lr_schedule": "constant"}  # fmt: skip
 quick = partial(test_core.quick, "ppo", **SMALL)
 
 
@@ -105,9 +99,17 @@ def scorer(tmp_path_factory) -> str:
     """The folder of a reward model, whose normalisation is not the identity."""
     folder = tmp_path_factory.mktemp("scorer")
     data = {"dataset": str(first_rows("preferences_train.jsonl", 240)), "eval_rows": 8, "eval_every": 0}
-    settings = {"steps": 6, "normalisation": "scale", "output_dir": str(folder), "device": "cpu"}
+    settings = {"steps": 6, "batch_size": 8, "normalisation": "scale", "output_dir": str(folder), "device": "cpu"}
     reward_model.main(replace(reward_model.EMBEDDED, **data, **settings))
     return str(folder / "model")
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch) -> list[str]:
+    """The names of pictures, which are not drawn: that would take half of the time."""
+    names = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **settings: names.append(path.name))
+    return names
 
 
 @pytest.fixture()
@@ -122,30 +124,35 @@ def calls(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("is_learned", [False, True])
-def test_ppo_detail_1_a_cut_completion_pays(is_learned, scorer, tmp_path, calls):
+def test_ppo_detail_1_a_cut_completion_pays_and_proxy_and_gold_stand_side_by_side(scorer, tmp_path, calls, pictures):
     given, evaluated = calls("token_rewards"), []
     for penalty in (0.0, 0.7):
-        changes = {"reward_model": scorer if is_learned else None, "missing_eos_penalty": penalty, "batch_size": 8}
-        row = quick(tmp_path / str(penalty), **changes, max_completion_tokens=10, eval_rows=8)
-        evaluated.append(metrics(tmp_path / str(penalty))[0])
+        folder, changes = tmp_path / str(penalty), {"reward_model": scorer, "missing_eos_penalty": penalty}
+        row = quick(folder, **changes, batch_size=8, eval_rows=8)
+        evaluated.append(metrics(folder)[0])
     (_, _, free, mask, _), (_, _, paid, _, _) = (arguments for arguments, _, _ in given)
     was_cut = (free - paid - 0.7).abs() < 1e-6
-    assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 10).all()
+    assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 12).all()
     assert 0 < was_cut.double().mean().item() == row["completions/truncated_fraction"] < 1
     cost = evaluated[0]["eval/reward"] - evaluated[1]["eval/reward"]
     assert cost == pytest.approx(0.7 * evaluated[0]["eval/truncated_fraction"]) and 0 < cost < 0.7
+    assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(evaluated[0]) & set(row)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
+    assert len(proxies) == 8 and sum(proxies) / 8 == pytest.approx(evaluated[1]["eval/reward"], abs=1e-5)
+    sample = next(s for s in samples if s["completion"].endswith("</answer>"))
+    (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
+    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4) and "overoptimisation.png" in pictures
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(dtype, tmp_path, calls):
+def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(tmp_path, calls):
     """Exactly so, in several microbatches and minibatches: the sampler's own numbers would be off by rounding."""
-    losses, split = calls("clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 100, "eval_rows": 8}
-    row = quick(tmp_path, dtype=dtype, batch_size=8, learning_rate=1e-3, **split)
+    losses, split = calls("clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 30}
+    row = quick(tmp_path, dtype="bfloat16", learning_rate=1e-3, **split)
     ratios = [ratio for _, _, (_, ratio) in losses]
     rows = torch.tensor([len(ratio) for ratio in ratios]).cumsum(0)
-    first = [ratio for ratio, end in zip(ratios, rows) if end <= 8]  # of the 16 rows each epoch has
-    assert len(first) > 1 and 8 in rows and all((ratio == 1).all() for ratio in first)
+    first = [ratio for ratio, end in zip(ratios, rows) if end <= 4]  # of the 8 rows each epoch has
+    assert len(first) > 1 and 4 in rows and all((ratio == 1).all() for ratio in first)
     assert any((ratio != 1).any() for ratio in ratios[len(first) :])
     assert row["policy/kl_sequence"] == 0 and metrics(tmp_path)[0]["eval/kl"] == 0 != row["eval/kl"]
 
@@ -169,14 +176,6 @@ def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers
     gap = (old - torch.tensor([[-0.5] * 9, [-0.25, -2.0] + [0] * 7] * 2)).abs().sum() / mask.sum()
     assert row["policy/sampler_gap"] == pytest.approx(gap.item(), rel=1e-5) and row["policy/kl_sequence"] == 0
     assert row["completions/length_mean"] == 5.5 and row["completions/truncated_fraction"] == 0.5
-
-
-def test_ppo_detail_3_the_temperature_divides_logits_in_every_forward(tmp_path, calls):
-    forwards = calls("completion_logprobs")
-    row = quick(tmp_path, temperature=0.6)
-    assert row["policy/sampler_gap"] < 1e-6  # the sampler's and the policy's
-    assert row["policy/kl_sequence"] == 0 == metrics(tmp_path)[0]["eval/kl"]  # the reference's
-    assert {named["temperature"] for _, named, _ in forwards} == {0.6}
 
 
 @pytest.mark.parametrize("is_whitened", [False, True])
@@ -226,47 +225,40 @@ def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, 
     assert abs(critic.config.reward_mean) > 0.01 < abs(critic.config.reward_std - 1) and expected.std() > 0
 
 
-@pytest.mark.parametrize("critic,has_scorer", [("policy", True), ("reward_model", False)])
-def test_ppo_detail_13_a_critic_made_of_the_policy_expects_nothing(critic, has_scorer, scorer, tokenizer, model):
-    args = replace(ppo.EMBEDDED, critic=critic, reward_model=scorer if has_scorer else None)
-    found = ppo.load_critic(args, tokenizer, CPU, False)
-    assert not found.score.weight.any() and not found.score.bias.any()
-    assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in model.model.named_parameters())
+def test_ppo_detail_13_a_critic_made_of_the_policy_expects_nothing(scorer, tokenizer, model):
+    for changes in ({"critic": "policy", "reward_model": scorer}, {"critic": "reward_model", "reward_model": None}):
+        found = ppo.load_critic(replace(ppo.EMBEDDED, **changes), tokenizer, CPU, False)
+        assert not found.score.weight.any() and not found.score.bias.any()
+        weights = model.model.named_parameters()
+        assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in weights)
 
 
-def test_the_importance_weight_is_on_the_policy_gradient_alone(tmp_path):
-    """Where π_old/μ is about 1, a cap of ½ halves it."""
-    once = {"update_epochs": 1, "batch_size": 2}
-    free, capped = (quick(tmp_path / str(cap), importance_cap=cap, **once) for cap in (0.0, 0.5))
+def test_ppo_detail_3_one_temperature_the_importance_weight_and_a_learning_rate_of_0(tmp_path, calls):
+    """The temperature divides logits in every forward; where π_old/μ is about 1, a cap of ½ halves the gradient of the
+    policy, and that alone; and without a learning rate the critic is all that changes."""
+    forwards, settings = calls("completion_logprobs"), {"temperature": 0.6, "learning_rate": 0.0, "batch_size": 2}
+    for cap in (0.0, 0.5):
+        quick(tmp_path / str(cap), importance_cap=cap, **settings, update_epochs=1, steps=2, eval_every=1)
+    (start, first, free), (*_, capped) = metrics(tmp_path / "0.0"), metrics(tmp_path / "0.5")
+    assert free["policy/sampler_gap"] < 1e-6 and {named["temperature"] for _, named, _ in forwards} == {0.6}
+    assert start["eval/kl"] == first["eval/kl"] == free["eval/kl"] == free["policy/kl_sequence"] == 0
     assert capped["optim/grad_norm"] == pytest.approx(0.5 * free["optim/grad_norm"], rel=1e-4) != 0
     assert all(capped[name] == free[name] for name in ("optim/critic_grad_norm", "loss/policy"))
-
-
-# ---------------------------------------------------------------------------------------------- learning
-
-
-def test_learning_rate_0_trains_the_critic_alone(tmp_path):
-    quick(tmp_path, learning_rate=0.0, steps=2, eval_every=1)
-    start, first, second = metrics(tmp_path)
-    assert start["eval/kl"] == first["eval/kl"] == second["eval/kl"] == second["policy/kl_sequence"] == 0
-    assert first["value/explained_variance"] == 0 != second["value/explained_variance"]
+    assert first["value/explained_variance"] == 0 != free["value/explained_variance"]
 
 
 def test_demonstrations_of_a_large_weight_are_learnt(tmp_path):
     data = {"ptx_dataset": str(first_rows("demonstrations_train.jsonl", 240)), "ptx_weight": 50.0}
-    quick(tmp_path, **data, learning_rate=1e-3, steps=4, batch_size=8, eval_every=0, kl_target=None)
+    quick(tmp_path, **data, learning_rate=1e-3, steps=4, eval_every=0, kl_target=None)
     losses = [row["loss/ptx"] for row in metrics(tmp_path)[1:]]
     assert losses[-1] < 0.3 * losses[0]
     assert [row["policy/next_beta"] for row in metrics(tmp_path)[1:]] == [0.5] * 4  # without a target it stays
 
 
-# ---------------------------------------------------------------------------------------------- leash and picture
-
-
 def test_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_resume(tmp_path):
     held = {"kl_target": 0.02, "kl_horizon": 40, "learning_rate": 1e-3, "eval_every": 0}
-    quick(tmp_path, **held, steps=4)
-    quick(None, resume=str(tmp_path), **held, steps=6)
+    quick(tmp_path, **held, steps=2)
+    quick(None, resume=str(tmp_path), **held, steps=4)
     rows = metrics(tmp_path)[1:]
     before, after = ([row[f"policy/{name}"] for row in rows] for name in ("beta", "next_beta"))
     errors = [min(max(row["policy/kl_sequence"] / 0.02 - 1, -0.2), 0.2) for row in rows]
@@ -284,51 +276,34 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_proxy_and_gold_stand_side_by_side_and_a_reward_model_needs_no_answers(tmp_path, scorer):
-    row, before = quick(tmp_path, reward_model=scorer), metrics(tmp_path)[0]
-    assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(before) & set(row)
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
-    assert len(proxies) == 4 and sum(proxies) / 4 == pytest.approx(before["eval/reward"], abs=1e-5)
-    sample = next(s for s in samples if s["completion"].endswith("</answer>"))
-    (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
-    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
-    assert (tmp_path / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
+def test_a_reward_model_needs_no_answers(tmp_path, scorer):
     asked = {"prompt": [{"role": "user", "content": "2+2=?"}]}
     data = dict.fromkeys(("dataset", "eval_dataset"), jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"}, asked))
     row = quick(tmp_path / "run", reward_model=scorer, **data)
     assert "eval/accuracy" not in row and row["eval/reward"] != 0
-    with pytest.raises(ENDS, match="answer"):
+    with pytest.raises(SystemExit, match="answer"):
         quick(tmp_path / "without", **data)
-
-
-# ---------------------------------------------------------------------------------------------- bad input
 
 
 def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ENDS, match="python reward_model.py"):
+    with pytest.raises(AssertionError, match="python reward_model.py"):
         quick(tmp_path / "run", reward_model=ppo.EMBEDDED.reward_model)
 
 
-@pytest.mark.parametrize("critic", ["reward_model", "policy"])
-def test_a_reward_model_whose_weights_are_no_numbers_ends_the_run(critic, tmp_path, scorer):
-    from safetensors.torch import load_file, save_file
-
+def test_a_reward_model_whose_weights_are_no_numbers_ends_the_run(tmp_path, scorer):
     broken = shutil.copytree(scorer, tmp_path / "nan") / "model.safetensors"
     changed = {name: weight * (math.nan if name == "score.weight" else 1) for name, weight in load_file(broken).items()}
     save_file(changed, broken, {"format": "pt"})
     with pytest.raises(SystemExit, match="nan"):
-        quick(tmp_path / "run", reward_model=str(tmp_path / "nan"), critic=critic)
+        quick(tmp_path / "run", reward_model=str(tmp_path / "nan"), critic="policy")
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model").exists()
 
 
-def test_a_reward_model_of_another_tokenizer_scores_but_is_no_critic(tmp_path, scorer):
+def test_a_reward_model_of_another_tokenizer_is_no_critic(tmp_path, scorer):
     path = shutil.copytree(scorer, tmp_path / "other") / "tokenizer.json"
     content = json.loads(path.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    content["model"]["vocab"] |= {"1": content["model"]["vocab"]["2"], "2": content["model"]["vocab"]["1"]}
     path.write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="a critic needs the tokenizer of .*--critic policy"):
         quick(tmp_path / "run", reward_model=str(tmp_path / "other"))
-    assert quick(tmp_path / "run", reward_model=str(tmp_path / "other"), critic="policy")["reward/mean"] != 0
