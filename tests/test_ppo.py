@@ -9,13 +9,11 @@ from functools import partial
 import pytest
 import test_core
 import torch
-from conftest import first_rows, jsonl, metrics
-from safetensors.torch import load_file, save_file
+from conftest import TINY, first_rows, jsonl, metrics
 
 import ppo
-import reward_model
 from common.generation import Completion
-from common.kl import AdaptiveKLController, RewardModel, pack_whole, token_scores, whiten
+from common.kl import AdaptiveKLController, RewardModel, load_scalar_model, whiten
 from common.tokenizer import encode_answered
 
 CPU = torch.device("cpu")
@@ -30,9 +28,8 @@ def close(value, expected, tolerance=1e-6):
 
 
 def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_last_action():
-    logprobs, ref = t(-1, -2, -9)[None], t(-1.5, -1.5, -1)[None]
-    close(ppo.token_rewards(logprobs[:, :2], ref[:, :2], t(2), torch.ones(1, 2), 0.1)[0], [-0.05, 2.05])
-    close(ppo.token_rewards(logprobs, ref, t(2), t(1, 1, 0)[None], 0.1)[0], [-0.05, 2.05, 0])  # nothing for padding
+    logprobs, ref, mask = t(-1, -2, -9)[None], t(-1.5, -1.5, -1)[None], t(1, 1, 0)[None]
+    close(ppo.token_rewards(logprobs, ref, t(2), mask, 0.1)[0], [-0.05, 2.05, 0])  # nothing for padding
 
 
 def test_t13_ppo_detail_4_gae_equals_the_direct_sum_and_reads_nothing_behind_the_last_action():
@@ -53,13 +50,11 @@ def test_t13_ppo_detail_4_gae_equals_the_direct_sum_and_reads_nothing_behind_the
 
 
 def test_t14_ppo_detail_8_ppo_detail_9_whitening():
-    one = torch.ones(3)
-    close(whiten(t(1, 2, 3), one), [-1.224745, 0, 1.224745])
-    close(whiten(t(1, 2, 3), one, shift_mean=False), [2 - 1.224745, 2, 2 + 1.224745])
+    close(whiten(t(1, 2, 3, 50), t(1, 1, 1, 0)), [-1.224745, 0, 1.224745, 0])
+    close(whiten(t(1, 2, 3), torch.ones(3), shift_mean=False), [2 - 1.224745, 2, 2 + 1.224745])
     others = iter([[3.0, 1.0], [1.0]])  # two processes with [1, 2] and [3] find what one finds
     found = whiten(t(1, 2), torch.ones(2), add_up=lambda sums: [a + b for a, b in zip(sums, next(others))])
     close(found, [-1.224745, 0])
-    close(whiten(t(1, 2, 3, 50), t(1, 1, 1, 0)), [-1.224745, 0, 1.224745, 0])
 
 
 def test_t15_clipped_policy_loss_and_its_gradient():
@@ -81,27 +76,19 @@ def test_t16_ppo_detail_10_value_clipping():
         close(torch.cat([found.detach(), values.grad]), [loss, slope])
 
 
-def test_t17_ppo_detail_12_the_controller_moves_beta_towards_the_target():
-    for beta, horizon, kl, count, expected in (
-        (1.0, 10_000, 9.0, 64, 1.00128), (0.1, 1000, 3.0, 64, 0.09872), (0.1, 1000, 6.0, 64, 0.1),
-        (1.0, 1000, 1e6, 10, 1.002), (1.0, 20, 0.0, 2560, 0.8),  # at most a fifth, and never below 0
-    ):  # fmt: skip
-        assert AdaptiveKLController(beta, 6.0, horizon).update(kl, count) == pytest.approx(expected, rel=1e-9)
-
-
-SMALL = {"batch_size": 4, "eval_rows": 4, "max_completion_tokens": 12, "reward_model": None, "warmup_steps": 1,
-         "update_epochs": 2, "dataset": str(first_rows("maths_train.jsonl", 240)), "lr_schedule": "constant"}  # fmt: skip
+SMALL = {"batch_size": 4, "eval_rows": 4, "max_completion_tokens": 12, "update_epochs": 2, "warmup_steps": 1}
+SMALL |= {"dataset": str(first_rows("maths_train.jsonl", 240)), "reward_model": None, "lr_schedule": "constant"}
 quick = partial(test_core.quick, "ppo", **SMALL)
 
 
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory) -> str:
+@pytest.fixture()
+def scorer(tokenizer, tmp_path) -> str:
     """The folder of a reward model, whose normalisation is not the identity."""
-    folder = tmp_path_factory.mktemp("scorer")
-    data = {"dataset": str(first_rows("preferences_train.jsonl", 240)), "eval_rows": 8, "eval_every": 0}
-    settings = {"steps": 6, "batch_size": 8, "normalisation": "scale", "output_dir": str(folder), "device": "cpu"}
-    reward_model.main(replace(reward_model.EMBEDDED, **data, **settings))
-    return str(folder / "model")
+    model = load_scalar_model(str(TINY), CPU, head_seed=0)
+    model.config.reward_mean, model.config.reward_std = 0.4, 0.7
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "scorer")
+    return str(tmp_path / "scorer")
 
 
 @pytest.fixture(autouse=True)
@@ -124,11 +111,12 @@ def calls(monkeypatch):
     return watch
 
 
-def test_ppo_detail_1_a_cut_completion_pays_and_proxy_and_gold_stand_side_by_side(scorer, tmp_path, calls, pictures):
-    given, evaluated = calls("token_rewards"), []
+def test_ppo_detail_1_a_cut_completion_pays_the_proxy_which_needs_no_answers(scorer, tmp_path, calls, pictures):
+    asked = jsonl(tmp_path / "asked.jsonl", *({"prompt": f"{a}+{a}=?"} for a in range(20, 28)))
+    data, given, evaluated = {"dataset": asked, "eval_dataset": asked}, calls("token_rewards"), []
     for penalty in (0.0, 0.7):
         folder, changes = tmp_path / str(penalty), {"reward_model": scorer, "missing_eos_penalty": penalty}
-        row = quick(folder, **changes, batch_size=8, eval_rows=8)
+        row = quick(folder, **data, **changes, batch_size=8, eval_rows=8)
         evaluated.append(metrics(folder)[0])
     (_, _, free, mask, _), (_, _, paid, _, _) = (arguments for arguments, _, _ in given)
     was_cut = (free - paid - 0.7).abs() < 1e-6
@@ -136,13 +124,13 @@ def test_ppo_detail_1_a_cut_completion_pays_and_proxy_and_gold_stand_side_by_sid
     assert 0 < was_cut.double().mean().item() == row["completions/truncated_fraction"] < 1
     cost = evaluated[0]["eval/reward"] - evaluated[1]["eval/reward"]
     assert cost == pytest.approx(0.7 * evaluated[0]["eval/truncated_fraction"]) and 0 < cost < 0.7
-    assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(evaluated[0]) & set(row)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
     assert len(proxies) == 8 and sum(proxies) / 8 == pytest.approx(evaluated[1]["eval/reward"], abs=1e-5)
     sample = next(s for s in samples if s["completion"].endswith("</answer>"))
     (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
-    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4) and "overoptimisation.png" in pictures
+    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
+    assert "overoptimisation.png" in pictures and "eval/accuracy" not in row
 
 
 def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(tmp_path, calls):
@@ -210,7 +198,7 @@ def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
     torch.testing.assert_close(values[0], critic.score(alone)[0, 1:5, 0].detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, tokenizer):
+def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model_or_expects_nothing(scorer, tokenizer, model):
     critic = ppo.load_critic(replace(ppo.EMBEDDED, reward_model=scorer), tokenizer, CPU, False)
     question = {"prompt": [{"role": "user", "content": "12+30=?"}]}
     texts = ["<answer>42</answer>", "<think>12+30: 42</think><answer>42</answer>", "no"]
@@ -219,16 +207,12 @@ def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, 
     longer = [[*row[3:], 7] for row in rows]  # before a token behind the whole answer, the critic expects its score
     with torch.no_grad():
         found = ppo.completion_values(critic, range(3), [row[:3] for row in rows], longer, False)
-        torch.testing.assert_close(token_scores(critic, *pack_whole(rows, CPU)), expected, atol=1e-5, rtol=1e-4)
     last = torch.stack([values[len(row) - 1] for values, row in zip(found, longer)])
     torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-4)
-    assert abs(critic.config.reward_mean) > 0.01 < abs(critic.config.reward_std - 1) and expected.std() > 0
-
-
-def test_ppo_detail_13_a_critic_made_of_the_policy_expects_nothing(scorer, tokenizer, model):
+    assert expected.std() > 0
     for changes in ({"critic": "policy", "reward_model": scorer}, {"critic": "reward_model", "reward_model": None}):
         found = ppo.load_critic(replace(ppo.EMBEDDED, **changes), tokenizer, CPU, False)
-        assert not found.score.weight.any() and not found.score.bias.any()
+        assert not found.score.weight.any() and not found.score.bias.any()  # the policy with a head of zeros
         weights = model.model.named_parameters()
         assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in weights)
 
@@ -240,7 +224,8 @@ def test_ppo_detail_3_one_temperature_the_importance_weight_and_a_learning_rate_
     for cap in (0.0, 0.5):
         quick(tmp_path / str(cap), importance_cap=cap, **settings, update_epochs=1, steps=2, eval_every=1)
     (start, first, free), (*_, capped) = metrics(tmp_path / "0.0"), metrics(tmp_path / "0.5")
-    assert free["policy/sampler_gap"] < 1e-6 and {named["temperature"] for _, named, _ in forwards} == {0.6}
+    assert {named["temperature"] for _, named, _ in forwards} == {0.6}
+    assert free["policy/sampler_gap"] < 1e-6 and "eval/accuracy" in start
     assert start["eval/kl"] == first["eval/kl"] == free["eval/kl"] == free["policy/kl_sequence"] == 0
     assert capped["optim/grad_norm"] == pytest.approx(0.5 * free["optim/grad_norm"], rel=1e-4) != 0
     assert all(capped[name] == free[name] for name in ("optim/critic_grad_norm", "loss/policy"))
@@ -255,7 +240,9 @@ def test_demonstrations_of_a_large_weight_are_learnt(tmp_path):
     assert [row["policy/next_beta"] for row in metrics(tmp_path)[1:]] == [0.5] * 4  # without a target it stays
 
 
-def test_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_resume(tmp_path):
+def test_t17_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_resume(tmp_path):
+    assert AdaptiveKLController(1.0, 6.0, 10_000).update(9.0, 64) == pytest.approx(1.00128)
+    assert AdaptiveKLController(1.0, 6.0, 20).update(0.0, 2560) == pytest.approx(0.8)  # a fifth at most
     held = {"kl_target": 0.02, "kl_horizon": 40, "learning_rate": 1e-3, "eval_every": 0}
     quick(tmp_path, **held, steps=2)
     quick(None, resume=str(tmp_path), **held, steps=4)
@@ -276,34 +263,17 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_a_reward_model_needs_no_answers(tmp_path, scorer):
-    asked = {"prompt": [{"role": "user", "content": "2+2=?"}]}
-    data = dict.fromkeys(("dataset", "eval_dataset"), jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"}, asked))
-    row = quick(tmp_path / "run", reward_model=scorer, **data)
-    assert "eval/accuracy" not in row and row["eval/reward"] != 0
-    with pytest.raises(SystemExit, match="answer"):
-        quick(tmp_path / "without", **data)
-
-
-def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path, monkeypatch):
+def test_bad_settings_are_told_in_a_sentence(tmp_path, monkeypatch, scorer):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssertionError, match="python reward_model.py"):
-        quick(tmp_path / "run", reward_model=ppo.EMBEDDED.reward_model)
-
-
-def test_a_reward_model_whose_weights_are_no_numbers_ends_the_run(tmp_path, scorer):
-    broken = shutil.copytree(scorer, tmp_path / "nan") / "model.safetensors"
-    changed = {name: weight * (math.nan if name == "score.weight" else 1) for name, weight in load_file(broken).items()}
-    save_file(changed, broken, {"format": "pt"})
-    with pytest.raises(SystemExit, match="nan"):
-        quick(tmp_path / "run", reward_model=str(tmp_path / "nan"), critic="policy")
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model").exists()
-
-
-def test_a_reward_model_of_another_tokenizer_is_no_critic(tmp_path, scorer):
     path = shutil.copytree(scorer, tmp_path / "other") / "tokenizer.json"
     content = json.loads(path.read_text())
     content["model"]["vocab"] |= {"1": content["model"]["vocab"]["2"], "2": content["model"]["vocab"]["1"]}
     path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="a critic needs the tokenizer of .*--critic policy"):
-        quick(tmp_path / "run", reward_model=str(tmp_path / "other"))
+    for changes, sentence in (
+        ({"reward_model": ppo.EMBEDDED.reward_model}, "`python reward_model.py` trains one"),
+        ({"reward_model": str(tmp_path / "other")}, "a critic needs the tokenizer of .*--critic policy"),
+        ({"batch_size": 4, "minibatches": 3}, "--batch-size: a multiple of minibatches"),
+        ({"dataset": jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"})}, "needs the columns answer"),
+    ):
+        with pytest.raises((SystemExit, AssertionError), match=sentence):
+            quick(tmp_path / "run", **changes)
