@@ -22,8 +22,15 @@ from common import tokenizer as text
 from common.kl import RewardModel
 
 CPU = torch.device("cpu")
-quick = partial(quick_run, "reward_model")
+TRAIN = str(first_rows("preferences_train.jsonl", 48))
+quick = partial(quick_run, "reward_model", dataset=TRAIN)
 SEED = 1_000_003  # of the first member's head, at the default --seed 1
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """test_core.py has those; drawing them would take half of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)
 
 
 def pair(prompt="1+1=?", chosen="2", rejected="3", **more) -> dict:
@@ -55,20 +62,21 @@ def normalised(folder, texts: list[list[int]]) -> torch.Tensor:
         return (logits(model, texts) - model.config.reward_mean) / model.config.reward_std
 
 
-def test_preference_loss_equals_trl():
+def test_t9_preference_loss_and_that_of_trl():
     """RewardTrainer's own compute_loss, on scores that a stand-in for its model returns."""
     from trl import RewardTrainer
 
+    one, zero = torch.ones(1), torch.zeros(1)
+    for settings, expected in (({}, 0.313262), ({"margin": 1.0}, 0.693147), ({"centering": 0.01}, 0.323262)):
+        assert rm.preference_loss(one, zero, **settings).item() == pytest.approx(expected, abs=1e-6)
     better, worse, margin = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     outputs = SimpleNamespace(logits=torch.cat([better, worse])[:, None])
-    for settings in ({}, {"margin": margin}, {"centering": 0.01}):
-        trainer = MagicMock()
-        trainer.args.center_rewards_coefficient, trainer.model.training = settings.get("centering"), False
-        trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
-        inputs = {"input_ids": torch.zeros(32, 1), "attention_mask": torch.ones(32, 1)}
-        inputs |= {"margin": margin} if "margin" in settings else {}
-        theirs = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
-        torch.testing.assert_close(rm.preference_loss(better, worse, **settings).mean(), theirs)
+    trainer = MagicMock()
+    trainer.args.center_rewards_coefficient, trainer.model.training = 0.01, False
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
+    inputs = {"input_ids": torch.zeros(32, 1), "attention_mask": torch.ones(32, 1), "margin": margin}
+    theirs = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
+    torch.testing.assert_close(rm.preference_loss(better, worse, margin, centering=0.01).mean(), theirs)
 
 
 def test_t10_aggregation_calibration_error_and_normalisation_constants():
@@ -122,24 +130,24 @@ RANKED = [{"prompt": "12+30=?", "completions": ["42", "<answer>42</answer>", "41
           pair("1+1=?", margin=0.5, chosen_probability=0.8)]  # fmt: skip
 
 
-def test_reward_model_detail_3_a_prompt_and_each_answer_are_forwarded_once(tmp_path, trained_ids, tokenizer):
-    quick(tmp_path, dataset=jsonl(tmp_path / "ranked.jsonl", *RANKED))
-    once = [token for one in encoded(tokenizer, RANKED) for token in one["ids"] + sum(one["completions"], [])]
-    assert [sorted(ids) for ids in trained_ids] == [sorted(once)]
-
-
 def hand_step(loss: torch.Tensor, model) -> tuple[float, float]:
     """A loss, and the norm of its gradient."""
     loss.backward()
     return loss.item(), torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
 
 
-def test_reward_model_detail_4_the_loss_is_the_mean_over_the_pairs_of_a_prompt_then_over_prompts(tmp_path, tokenizer):
-    """Whatever the microbatches: here each prompt is one of its own. By transformers' own forward, text by text."""
+def test_reward_model_detail_3_reward_model_detail_4_prompts_and_answers_are_forwarded_once_and_each_pair_has_its_weight(
+    tmp_path, tokenizer, trained_ids
+):
+    """The loss is the mean over the pairs of a prompt, then over prompts, whatever the microbatches: here each prompt
+    is one of its own. By transformers' own forward, text by text."""
     flags = {"dataset": jsonl(tmp_path / "ranked.jsonl", *RANKED), "microbatch_tokens": 10, "centering": 0.1}
-    row = quick(tmp_path / "run", **flags)
+    row, examples = quick(tmp_path / "run", **flags), encoded(tokenizer, RANKED)
+    assert sorted(map(sorted, trained_ids)) == sorted(
+        sorted(one["ids"] + sum(one["completions"], [])) for one in examples
+    )
     model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
-    a, b, c, d, right, wrong = logits(model, texts_of(encoded(tokenizer, RANKED)))
+    a, b, c, d, right, wrong = logits(model, texts_of(examples))
     pairs = [-F.logsigmoid(x - y) + 0.1 * (x + y) ** 2 for x, y in ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d))]
     soft = -0.8 * F.logsigmoid(right - wrong - 0.5) - 0.2 * F.logsigmoid(wrong + 0.5 - right)
     loss, norm = hand_step((sum(pairs) / 6 + soft + 0.1 * (right + wrong) ** 2) / 2, model)
@@ -147,30 +155,25 @@ def test_reward_model_detail_4_the_loss_is_the_mean_over_the_pairs_of_a_prompt_t
     assert row["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-DEMONSTRATIONS = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>"} for i in range(10, 18)]
-
-
-@pytest.mark.parametrize("how", ["shift", "scale"])
-@pytest.mark.parametrize("are_given", [True, False], ids=["demonstrations", "better held-out answers"])
-def test_reward_model_detail_5_any_loader_finds_scores_normalised(how, are_given, tmp_path, tokenizer):
-    held_out = [pair(row["prompt"], row["completion"], "no") for row in DEMONSTRATIONS]
-    flags = {"reference_dataset": jsonl(tmp_path / "references.jsonl", *DEMONSTRATIONS) if are_given else None}
-    flags |= {} if are_given else {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out)}
-    quick(tmp_path / "run", normalisation=how, eval_rows=8, **flags)
-    scores = normalised(tmp_path / "run" / "model", texts_of(encoded(tokenizer, held_out))[::2])
-    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
-    assert (scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)) == (how == "scale")
-    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert abs(config["reward_mean"]) > 1e-3 and (config["reward_std"] == 1) == (how == "shift")
-
-
-def test_reward_model_detail_5_loss_and_calibration_do_not_change_with_normalisation_but_margins_do(tmp_path):
-    rows = {how: quick(tmp_path / how, normalisation=how, eval_rows=16) for how in ("none", "scale")}
-    for name in ("eval/loss", "eval/calibration_error", "eval/accuracy"):
-        assert rows["none"][name] == rows["scale"][name]
-    std = json.loads((tmp_path / "scale" / "model" / "config.json").read_text())["reward_std"]
+def test_reward_model_detail_5_any_loader_finds_scores_normalised_while_loss_and_calibration_are_of_raw_ones(
+    tmp_path, tokenizer
+):
+    """On demonstrations if there are any, else on the better held-out answers."""
+    shown = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>"} for i in range(10, 18)]
+    held_out = [pair(row["prompt"], row["completion"], "no") for row in shown]
+    data = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8}
+    rows, configs = {}, {}
+    for how, references in (("none", None), ("shift", jsonl(tmp_path / "shown.jsonl", *shown)), ("scale", None)):
+        rows[how] = quick(tmp_path / how, normalisation=how, reference_dataset=references, **data)
+        configs[how] = json.loads((tmp_path / how / "model" / "config.json").read_text())
+        scores = normalised(tmp_path / how / "model", texts_of(encoded(tokenizer, held_out))[::2])
+        assert (abs(scores.mean().item()) < 1e-4) == (how != "none")
+        assert (abs(scores.std(correction=0).item() - 1) < 1e-3) == (how == "scale")
+        for name in ("eval/loss", "eval/calibration_error", "eval/accuracy"):
+            assert rows[how][name] == rows["none"][name]
+    std = configs["scale"]["reward_std"]
     assert rows["scale"]["eval/margin"] * std == pytest.approx(rows["none"]["eval/margin"], rel=1e-4)
-    assert abs(std - 1) > 0.1
+    assert abs(configs["shift"]["reward_mean"]) > 1e-3 and configs["shift"]["reward_std"] == 1 != std
 
 
 def test_reward_model_detail_6_members_begin_with_other_heads_and_see_other_batches(tmp_path, trained_ids):
@@ -182,23 +185,23 @@ def test_reward_model_detail_6_members_begin_with_other_heads_and_see_other_batc
     assert not torch.equal(head, weights(tmp_path)["score.weight"])
 
 
-@pytest.mark.parametrize("how", ["mean", "min", "uwo"])
-def test_reward_model_detail_6_members_are_normalised_then_joined(how, tmp_path, tokenizer):
+def test_reward_model_detail_6_members_are_normalised_then_joined(tmp_path, tokenizer):
     """In the evaluation, and by RewardModel: as computed by hand from the folders of the members."""
     held_out = [pair(f"{i}+1=?", f"<answer>{i + 1}</answer>", "3") for i in range(8)]
     flags = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8, "normalisation": "scale"}
-    row = quick(tmp_path / "run", ensemble_size=2, ensemble_score=how, reference_dataset=None, **flags)
+    row = quick(tmp_path / "run", ensemble_size=2, ensemble_score="uwo", reference_dataset=None, **flags)
     folders = [tmp_path / "run" / "model" / name for name in ("", "member_1")]
     first, second = (load_file(folder / "model.safetensors")["model.norm.weight"] for folder in folders)
     assert not torch.equal(first, second)
     members = torch.stack([normalised(folder, texts_of(encoded(tokenizer, held_out))) for folder in folders])
     mean, variance = members.mean(0), (members[0] - members[1]).square() / 4
-    expected = {"mean": mean, "min": members.min(0).values, "uwo": mean - variance / 2}[how]
-    assert variance.max() > 0.1
-    assert row["eval/margin"] == pytest.approx((expected[::2] - expected[1::2]).mean().item(), abs=1e-3)
-    score = RewardModel(str(tmp_path / "run" / "model"), CPU, False, 50, how)
-    found = torch.cat([score(one, [one["chosen"], one["rejected"]]) for one in held_out])
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    expected = {"mean": mean, "min": members.min(0).values, "uwo": mean - variance / 2}
+    margins = expected["uwo"][::2] - expected["uwo"][1::2]
+    assert row["eval/margin"] == pytest.approx(margins.mean().item(), abs=1e-3) and variance.max() > 0.1
+    for how, values in expected.items():
+        score = RewardModel(str(tmp_path / "run" / "model"), CPU, False, 50, how)
+        found = torch.cat([score(one, [one["chosen"], one["rejected"]]) for one in held_out])
+        torch.testing.assert_close(found, values, atol=1e-3, rtol=0)
 
 
 def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_first_wrong_one(tmp_path, tokenizer):
