@@ -1,14 +1,13 @@
-"""dpo.py: known answers, gradients, parity with TRL, its numbered details, its data, and what it says to bad input."""
+"""dpo.py: known answers, parity with TRL, its numbered details, its data, and what is told of bad input."""
 
 import json
 import math
 import time
 import weakref
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import patch
 
 import pytest
 import test_core
@@ -17,7 +16,7 @@ from conftest import TINY, first_rows, jsonl, metrics
 
 import dpo
 from common import kl
-from common.generation import Completion, is_correct
+from common.generation import Completion
 from common.tokenizer import encode_comparisons, encode_prompt, load_rows, render_chat, with_mismatches
 
 CPU, MODEL = torch.device("cpu"), str(TINY)
@@ -25,7 +24,9 @@ ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
 LOSSES = [*dpo.PAIR_LOSSES, "kto"]
 FEW = str(first_rows("preferences_train.jsonl", 240))
 same = torch.testing.assert_close
+unseen = patch("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)  # test_core.py has the pictures
 quick = partial(test_core.quick, "dpo", batch_size=4, max_completion_tokens=24, warmup_steps=1, dataset=FEW)
+quick = unseen(quick)  # they would take half of the time
 
 
 def t(*values) -> torch.Tensor:
@@ -53,22 +54,16 @@ def direct_logprob(model, example: dict, k: int) -> float:
     return float(logprobs[range(len(ids)), ids].sum())
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """test_core.py has those; drawing them would take half of the time."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)
+def watch(monkeypatch, module, *names) -> list[list]:
+    """For each of these functions, a list of the arguments, by place and by name, and the result of every call."""
 
+    def noting(real, calls: list):
+        return lambda *args, **named: calls.append((args, named, real(*args, **named))) or calls[-1][2]
 
-@pytest.fixture()
-def calls(monkeypatch):
-    """calls(name, …): for each a list of the arguments and the result of every call of that function of a module."""
-
-    def watch(name: str, module) -> list:
-        noted, real = [], getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, **more: noted.append((*a, real(*a, **more))) or noted[-1][-1])
-        return noted
-
-    return lambda *names, module=dpo: [watch(name, module) for name in names]
+    watched = {name: [] for name in names}
+    for name, calls in watched.items():
+        monkeypatch.setattr(module, name, noting(getattr(module, name), calls))
+    return list(watched.values())
 
 
 def stop(*_):
@@ -77,9 +72,9 @@ def stop(*_):
 
 def check_references(forwards: list, rewarded: list) -> None:
     """The reference is the model that training began with, and the policy has left it."""
-    model, ratios = dpo.load_model(MODEL, CPU), [call[3] for call in rewarded if call[3].requires_grad]
-    for (_, examples, *_, (logprobs, _)), ratio in zip(forwards, ratios, strict=True):
-        expected = torch.tensor([[direct_logprob(model, one, k) for k in (0, 1)] for one in examples])
+    model, ratios = dpo.load_model(MODEL, CPU), [args[3] for args, *_ in rewarded if args[3].requires_grad]
+    for ((_, examples, *_), _, (logprobs, _)), ratio in zip(forwards, ratios, strict=True):
+        expected = torch.tensor([[direct_logprob(model, one, k) for k in (-2, -1)] for one in examples])
         same(logprobs - ratio, expected, atol=1e-4, rtol=0)
     assert ratios[-1].abs().max() > 0.1
 
@@ -115,42 +110,34 @@ def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
     assert loss.isfinite().all() and certain.grad.isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def trl(tmp_path_factory, tokenizer):
-    """TRL's trainer with a policy that has left its reference, its batch, and our log π, ratios and lengths of it."""
+def test_parity_with_trl_dpo_trainer(tmp_path, tokenizer):
+    """From rows to the number, for a policy that has left its reference."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    folder = tmp_path_factory.mktemp("trl")
-    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in read(24)]
-    config = {"per_device_train_batch_size": 24, "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.3}
-    config = DPOConfig(str(folder), **config, max_length=None, gradient_checkpointing=False)
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in read(12)]
+    config = {"per_device_train_batch_size": 12, "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.3}
+    config = DPOConfig(str(tmp_path), **config, max_length=None, gradient_checkpointing=False, label_smoothing=0.1)
     trainer = DPOTrainer(MODEL, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    reference, policy = dpo.load_model(MODEL, CPU), dpo.load_model(MODEL, CPU)
+    policy, batch = dpo.load_model(MODEL, CPU), next(iter(trainer.get_train_dataloader()))
     torch.manual_seed(0)
     with torch.no_grad():
         for mine, his in zip(policy.parameters(), trainer.model.eval().parameters()):
             his.copy_(mine.add_(torch.randn_like(mine) * 0.01))
-        examples = list(encoded(tokenizer, rows, folder))
-        logprobs, lengths = kl.answer_logprobs(policy, examples)
-        ratio = logprobs - kl.answer_logprobs(reference, examples)[0]
-    assert len(ratio) == 24
-    return trainer, next(iter(trainer.get_train_dataloader())), logprobs, ratio, lengths
-
-
-@pytest.mark.parametrize("ours,theirs", [
-    ("dpo", "sigmoid"), ("rdpo", "robust"), ("dpo_norm", "sigmoid_norm"), ("ipo", "ipo"), ("rpo", "sigmoid sft")
-])  # fmt: skip
-def test_parity_with_trl_dpo_trainer(ours, theirs, trl):
-    """From rows to the number."""
-    trainer, batch, logprobs, ratio, lengths = trl
-    trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = theirs.split(), [1.0] * len(theirs.split()), 0.1
-    expected = trainer.compute_loss(trainer.model, batch).detach()
-    if ours == "ipo":  # TRL takes means per token
-        ratio = ratio / lengths
-    if ours == "rpo":  # TRL's likelihood is a mean over the tokens of all answers, ours over those of each
-        lengths = lengths.float().mean(0).expand(len(lengths), 2)
-    same(dpo.PAIR_LOSSES[ours](logprobs, ratio, lengths, 0.3, ARGS).mean(), expected, atol=2e-5, rtol=1e-4)
+        logprobs, lengths = kl.answer_logprobs(policy, examples := list(encoded(tokenizer, rows, tmp_path)))
+        ratio = logprobs - kl.answer_logprobs(dpo.load_model(MODEL, CPU), examples)[0]
+    pooled = lengths.float().mean(0).expand(12, 2)
+    for ours, theirs, ratios, numbers in (
+        ("dpo", "sigmoid", ratio, lengths), ("rdpo", "robust", ratio, lengths),
+        ("dpo_norm", "sigmoid_norm", ratio, lengths),
+        ("ipo", "ipo", ratio / lengths, lengths),  # TRL takes means per token
+        ("rpo", "sigmoid sft", ratio, pooled),  # and its likelihood is a mean over the tokens of all answers
+    ):  # fmt: skip
+        trainer.loss_types, trainer.loss_weights = theirs.split(), [1.0] * len(theirs.split())
+        trainer.label_smoothing = 0.1 * (ours == "rdpo")
+        expected = trainer.compute_loss(trainer.model, batch).detach()
+        found = dpo.PAIR_LOSSES[ours](logprobs, ratios, numbers, 0.3, ARGS).mean()
+        same(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_parity_with_trl_orpo_simpo_and_cdpo():
@@ -167,55 +154,31 @@ def test_parity_with_trl_orpo_simpo_and_cdpo():
     same(dpo.cdpo_loss(None, means, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
 
 
-def test_parity_with_trl_kto():
-    """TRL's KTO loss on given log-probabilities: the model is a stub that returns them."""
-    from trl import KTOTrainer
-
-    torch.manual_seed(0)
-    new, mismatched, (ref, ref_mismatched) = -torch.rand(4, 5), -torch.rand(4, 5), -torch.rand(2, 4) * 3
-    label, ones = torch.tensor([True, False, True, False]), torch.ones(4, 6, dtype=torch.long)
-
-    def model(input_ids, **_):
-        numbers = dict.fromkeys(("entropy", "mean_logits", "mean_token_accuracy", "num_correct"), torch.zeros(4, 5))
-        return SimpleNamespace(log_probs=mismatched if (input_ids == 2).all() else new, **numbers)
-
-    trainer = MagicMock(loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.3, _tp_size=1)
-    trainer.aux_loss_enabled, trainer.use_kernel, trainer._total_train_tokens = False, False, 0
-    trainer.accelerator.device, trainer._metrics = "cpu", {"train": defaultdict(list)}
-    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
-    trainer._compute_kl_logps = partial(KTOTrainer._compute_kl_logps, trainer)
-    batch = {f"{kind}{name}_mask": ones for kind in ("", "KL_") for name in ("attention", "completion")}
-    batch |= {"input_ids": ones, "KL_input_ids": ones * 2, "label": label, "ref_logps": ref}
-    expected = KTOTrainer._compute_loss(trainer, model, {**batch, "ref_KL_logps": ref_mismatched}, False)
-    baseline = max(0.0, float((mismatched.sum(1) - ref_mismatched).mean()))
-    same(dpo.kto_loss(new.sum(1) - ref, label, baseline, 0.1, ARGS).mean(), expected)
-
-
 def test_dpo_detail_1_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn_in_one_forward(
-    tokenizer, model, tmp_path, calls
+    tokenizer, model, tmp_path, monkeypatch
 ):
-    rows, (forwards,) = read(3), calls("hidden_states", module=kl)
+    rows, (forwards,) = read(3), watch(monkeypatch, kl, "hidden_states")
     for row, example in zip(rows, encoded(tokenizer, rows, tmp_path), strict=True):
         sums, lengths = kl.answer_logprobs(model, [example])
-        assert forwards[-1][1].ids.numel() == len(sum(example["completions"], example["ids"]))  # the prompt once
-        for k, side in enumerate(("chosen", "rejected")):
-            ids = example["completions"][k]
+        assert forwards[-1][0][1].ids.numel() == len(sum(example["completions"], example["ids"]))  # the prompt once
+        same(sums[0], torch.tensor([direct_logprob(model, example, k) for k in (0, 1)]), atol=1e-4, rtol=0)
+        for ids, side, length in zip(example["completions"], ("chosen", "rejected"), lengths[0]):
             assert example["ids"] + ids == render_chat(tokenizer, row["prompt"] + row[side]).ids
-            assert ids[-1] == tokenizer.eos_token_id and lengths[0, k] == len(ids)
-            assert sums[0, k].item() == pytest.approx(direct_logprob(model, example, k), abs=1e-4)
+            assert ids[-1] == tokenizer.eos_token_id and length == len(ids)
 
 
-def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch, calls):
+def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch):
     """A run that is stopped keeps the numbers; there is no second model."""
-    models, scored, *trained = calls("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
+    names = ("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
+    models, scored, *trained = watch(monkeypatch, dpo, *names)
     updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 5])
     monkeypatch.setattr(dpo, "clip_gradients", lambda *args: next(updates)(*args))
     settings = {"steps": 3, "save_every": 1, "learning_rate": 1e-3}
     with pytest.raises(KeyboardInterrupt):
         quick(tmp_path, **settings)
-    assert len(models) == 1 and [len(call[2]) for call in scored] == [2, 12, 2]  # held out, drawn, held out
+    assert len(models) == 1 and [len(args[2]) for args, *_ in scored] == [2, 12, 2]  # held out, drawn, held out
     quick(tmp_path, **settings, resume=str(tmp_path))
-    assert len(models) == 2 and [len(call[2]) for call in scored[3:]] == [2, 2]
+    assert len(models) == 2 and [len(args[2]) for args, *_ in scored[3:]] == [2, 2]
     same(scored[3][-1], scored[0][-1])  # that of held-out pairs is the first policy's, too
     quick(tmp_path, **settings | {"steps": 4, "seed": 2}, resume=str(tmp_path))  # other rows are drawn
     check_references(*trained)
@@ -229,24 +192,24 @@ def test_dpo_detail_5_ties_are_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("processes,label", [(2, True), (1, False)])
-def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processes, label, tmp_path, monkeypatch, calls):
+def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processes, label, tmp_path, monkeypatch):
     """It is a mean over the rows of all processes, of which each trains on its share, and never below 0."""
     monkeypatch.setattr(dpo, "start_processes", lambda device: (CPU, 0, processes))
     monkeypatch.setattr(kl, "shard", lambda model, world: model)
     reference, clip, drifts = dpo.load_model(MODEL, CPU), dpo.clip_gradients, []
-    losses, examples, orders = calls("kto_loss", "with_mismatches", "shuffled_passes")
+    losses, examples, orders = watch(monkeypatch, dpo, "kto_loss", "with_mismatches", "shuffled_passes")
 
     def update(policy, norm):
-        drawn = [examples[0][-1](i) for i in orders[0][-1][4 * len(drifts) :][:4]]
+        drawn = [examples[0][2](i) for i in orders[0][2][4 * len(drifts) :][:4]]
         assert all(one["completions"][0] != one["completions"][1] for one in drawn)
         drifts.append(sum(direct_logprob(policy, one, 0) - direct_logprob(reference, one, 0) for one in drawn) / 4)
         return clip(policy, norm)
 
     monkeypatch.setattr(dpo, "clip_gradients", update)  # all answers are of one kind: one of them moves the others
     rows = [{"prompt": f"{i}+1=?", "completion": f"Gladly! <answer>{i}</answer>", "label": label} for i in range(16)]
-    settings = {"dataset": jsonl(tmp_path / "rows.jsonl", *rows), "steps": 3, "learning_rate": 5e-4}
-    last = quick(tmp_path / "run", loss="kto", **settings, lr_schedule="constant")
-    found = [call[2] for call in losses]
+    settings = {"steps": 3, "learning_rate": 5e-4, "lr_schedule": "constant"}
+    last = quick(tmp_path / "run", loss="kto", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **settings)
+    found = [args[2] for args, *_ in losses]
     assert found == pytest.approx([max(0.0, drift) for drift in drifts], abs=1e-3) and abs(drifts[-1]) > 1
     assert last["preference/baseline"] == found[-1] and isinstance(found[-1], float)  # without gradient
     assert (found[-1] > 0) == label
@@ -282,48 +245,39 @@ def test_dpo_detail_9_best_and_worst_as_the_samplers_own_ids_without_ties(tokeni
     assert pairs == [first, last] and found == {"reward/mean": pytest.approx(6 / 9), "preference/pairs": 2}
 
 
-def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer, monkeypatch, calls):
-    """Each part of the prompts is sampled once, also if the run is stopped; the first policy stays the reference, and
-    no second model is alive while it trains."""
-    sampled, asked, *trained = calls("sample_pairs", "load_questions", "answer_logprobs", "implicit_rewards")
+def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer, monkeypatch):
+    """Each part of the prompts, which need no answers here, is sampled once, also if the run is stopped. The first
+    policy stays the reference, and no second model is alive while it trains."""
+    sampled, *trained = watch(monkeypatch, dpo, "sample_pairs", "answer_logprobs", "implicit_rewards")
     loaded, alive, load, updates = [], [], kl.load_model, iter([clip := dpo.clip_gradients, stop, *[clip] * 3])
     count = lambda: alive.append(sum(model() is not None for model in loaded))  # noqa: E731
     for module in (dpo, kl):  # the policy, and the reference
         monkeypatch.setattr(module, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
     monkeypatch.setattr(dpo, "clip_gradients", lambda *args: count() or next(updates)(*args))
-    settings = {"iterations": 2, "num_samples": 4, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
-    settings |= {"dataset": str(first_rows("maths_train.jsonl", 12)), "max_completion_tokens": 64}
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path, **settings)
-    assert len(sampled) == 1 and len(loaded) == 2 and alive == [1, 1]
-    loaded.clear(), alive.clear()
-    quick(tmp_path, **settings, resume=str(tmp_path))
-    assert len(sampled) == 2 and len(loaded) == 3 and alive == [1, 1, 1]
-    check_references(*trained)
-    golds = {tuple(one["ids"]): one["row"]["answer"] for one in asked[0][-1][0]}
-    for i in range(2):
-        assert sampled[i][-1] == torch.load(tmp_path / f"pairs-000{i}.pt")
-        for pair in sampled[i][-1][0]:
-            gold = golds.pop(tuple(pair["ids"]))  # no prompt comes in both parts
-            assert [is_correct(tokenizer.decode(ids), gold) for ids in pair["completions"]] == [True, False]
-    counts = [len(call[-1][0]) for call in sampled]
-    logged = [row.get("preference/pairs") for row in metrics(tmp_path)[1:]]
-    assert logged == [counts[0], counts[0], counts[1], None] and min(counts) > 1
-
-
-def test_kto_iterations_with_a_reward_model_need_no_answers(tmp_path, tokenizer):
-    folder = str(tmp_path / "rm")
-    kl.load_scalar_model(MODEL, CPU, head_seed=0).save_pretrained(folder)
+    kl.load_scalar_model(MODEL, CPU, head_seed=0).save_pretrained(folder := str(tmp_path / "rm"))
     tokenizer.save_pretrained(folder)
-    rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(8)}
+    rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(12)}
     data = jsonl(tmp_path / "prompts.jsonl", *rows.values())
-    flags = {"dataset": data, "eval_dataset": data, "iterations": 1, "num_samples": 3, "max_completion_tokens": 64}
-    last = quick(tmp_path / "run", loss="kto", reward_model=folder, **flags)
-    pairs, score = torch.load(tmp_path / "run" / "pairs-0000.pt")[0], dpo.RewardModel(folder, CPU, False, 4096)
-    assert last["preference/pairs"] == len(pairs) > 5 and "preference/baseline" in last and "eval/accuracy" not in last
-    for pair in pairs:
-        best, worst = score(rows[tuple(pair["ids"])], [tokenizer.decode(ids[:-1]) for ids in pair["completions"]])
-        assert best > worst
+    settings = {"dataset": data, "eval_dataset": data, "reward_model": folder, "loss": "kto", "iterations": 2}
+    settings |= {"num_samples": 3, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
+    settings["missing_eos_penalty"] = 0.0
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "run", **settings)
+    assert len(sampled) == 1 and len(loaded) == 2 and alive == [1, 1]
+    loaded.clear()
+    last = quick(tmp_path / "run", **settings, resume=str(tmp_path / "run"))
+    assert len(sampled) == 2 and len(loaded) == 3 and alive == [1] * 5 and "eval/accuracy" not in last
+    check_references(*trained)
+    score = dpo.RewardModel(folder, CPU, False, 4096)
+    for i, (_, _, (pairs, _)) in enumerate(sampled):
+        assert pairs == torch.load(tmp_path / "run" / f"pairs-000{i}.pt")[0]
+        for pair in pairs:
+            row = rows.pop(tuple(pair["ids"]))  # no prompt comes in both parts
+            best, worst = score(row, [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair["completions"]])
+            assert best > worst
+    counts = [len(pairs) for _, _, (pairs, _) in sampled]
+    logged = [row.get("preference/pairs") for row in metrics(tmp_path / "run")[1:]]
+    assert logged == [counts[0], counts[0], counts[1], None] and min(counts) > 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)
