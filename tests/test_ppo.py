@@ -10,6 +10,7 @@ import pytest
 import test_core
 import torch
 from conftest import TINY, first_rows, jsonl, metrics
+from test_dpo import close, t, unseen, watch
 
 import ppo
 from common.generation import Completion
@@ -19,53 +20,43 @@ from common.tokenizer import encode_answered
 CPU = torch.device("cpu")
 
 
-def t(*values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def close(value, expected, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(value).double(), t(*expected), atol=tolerance, rtol=0)
-
-
 def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_last_action():
     logprobs, ref, mask = t(-1, -2, -9)[None], t(-1.5, -1.5, -1)[None], t(1, 1, 0)[None]
-    close(ppo.token_rewards(logprobs, ref, t(2), mask, 0.1)[0], [-0.05, 2.05, 0])  # nothing for padding
+    close(ppo.token_rewards(logprobs, ref, t(2), mask, 0.1)[0], -0.05, 2.05, 0)  # nothing for padding
 
 
 def test_t13_ppo_detail_4_gae_equals_the_direct_sum_and_reads_nothing_behind_the_last_action():
     known = ppo.gae(t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None], torch.ones(1, 3), 1.0, 0.95)
-    close(torch.cat(known), [[0.4705, 0.39, 0.2], [0.9705, 0.99, 1]])
+    close(torch.cat(known), [0.4705, 0.39, 0.2], [0.9705, 0.99, 1])
     rewards, values = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lengths, gamma, lam = [9, 1, 4, 7, 2], 0.97, 0.9
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    for garbage in (9.0, math.nan, math.inf):
-        padded = (x.masked_fill(~mask, garbage) for x in (rewards, values))
-        advantages, returns = ppo.gae(*padded, mask, gamma, lam)
-        for i, n in enumerate(lengths):
-            v = [*values[i, :n].tolist(), 0.0]
-            delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
-            direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
-            close(advantages[i], direct + [0] * (9 - n))
-            close(returns[i], [a + b for a, b in zip(direct, v)] + [0] * (9 - n))
+    advantages, returns = ppo.gae(*(x.masked_fill(~mask, math.nan) for x in (rewards, values)), mask, gamma, lam)
+    for i, n in enumerate(lengths):
+        v = [*values[i, :n].tolist(), 0.0]
+        delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
+        direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
+        close(advantages[i], *direct, *[0] * (9 - n))
+        close(returns[i], *(a + b for a, b in zip(direct, v)), *[0] * (9 - n))
 
 
 def test_t14_ppo_detail_8_ppo_detail_9_whitening():
-    close(whiten(t(1, 2, 3, 50), t(1, 1, 1, 0)), [-1.224745, 0, 1.224745, 0])
-    close(whiten(t(1, 2, 3), torch.ones(3), shift_mean=False), [2 - 1.224745, 2, 2 + 1.224745])
+    close(whiten(t(1, 2, 3, 50), t(1, 1, 1, 0)), -1.224745, 0, 1.224745, 0)
+    close(whiten(t(1, 2, 3), torch.ones(3), shift_mean=False), 2 - 1.224745, 2, 2 + 1.224745)
     others = iter([[3.0, 1.0], [1.0]])  # two processes with [1, 2] and [3] find what one finds
     found = whiten(t(1, 2), torch.ones(2), add_up=lambda sums: [a + b for a, b in zip(sums, next(others))])
-    close(found, [-1.224745, 0])
+    close(found, -1.224745, 0)
 
 
 def test_t15_clipped_policy_loss_and_its_gradient():
     ratio, advantages = t(1.5, 1.5, 0.5, 0.5), t(1, -1, 1, -1)
     logprobs = ratio.log().requires_grad_()
     losses, found = ppo.clipped_policy_loss(logprobs, t(0, 0, 0, 0), advantages, torch.ones(4), 0.2)
-    close(losses.detach(), [-1.2, 1.5, -0.5, 0.8])
-    close(found, ratio.tolist())
+    close(losses.detach(), -1.2, 1.5, -0.5, 0.8)
+    close(found, *ratio.tolist())
     losses.sum().backward()
-    close(logprobs.grad, [0, 1.5, -0.5, 0])
-    close(ppo.clipped_policy_loss(t(0, 900), t(0, 0), t(2, 0), t(1, 0), 0.2)[0], [-2, 0])  # e^900 is no number
+    close(logprobs.grad, 0, 1.5, -0.5, 0)
+    close(ppo.clipped_policy_loss(t(0, 900), t(0, 0), t(2, 0), t(1, 0), 0.2)[0], -2, 0)  # e^900 is no number
 
 
 def test_t16_ppo_detail_10_value_clipping():
@@ -73,12 +64,12 @@ def test_t16_ppo_detail_10_value_clipping():
         values = t(start).requires_grad_()
         found = ppo.clipped_value_loss(values, t(0), t(1), 0.2)
         found.sum().backward()
-        close(torch.cat([found.detach(), values.grad]), [loss, slope])
+        close(torch.cat([found.detach(), values.grad]), loss, slope)
 
 
 SMALL = {"batch_size": 4, "eval_rows": 4, "max_completion_tokens": 12, "update_epochs": 2, "warmup_steps": 1}
 SMALL |= {"dataset": str(first_rows("maths_train.jsonl", 240)), "reward_model": None, "lr_schedule": "constant"}
-quick = partial(test_core.quick, "ppo", **SMALL)
+quick = unseen(partial(test_core.quick, "ppo", **SMALL))
 
 
 @pytest.fixture()
@@ -91,34 +82,15 @@ def scorer(tokenizer, tmp_path) -> str:
     return str(tmp_path / "scorer")
 
 
-@pytest.fixture(autouse=True)
-def pictures(monkeypatch) -> list[str]:
-    """The names of pictures, which are not drawn: that would take half of the time."""
-    names = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **settings: names.append(path.name))
-    return names
-
-
-@pytest.fixture()
-def calls(monkeypatch):
-    """calls(name): a list of the arguments, by place and by name, and the result of every call of that function."""
-
-    def watch(name: str) -> list:
-        noted, real = [], getattr(ppo, name)
-        monkeypatch.setattr(ppo, name, lambda *a, **k: noted.append((a, k, real(*a, **k))) or noted[-1][2])
-        return noted
-
-    return watch
-
-
-def test_ppo_detail_1_a_cut_completion_pays_the_proxy_which_needs_no_answers(scorer, tmp_path, calls, pictures):
+def test_ppo_detail_1_a_cut_completion_pays_the_proxy_which_needs_no_answers(scorer, tmp_path, monkeypatch):
     asked = jsonl(tmp_path / "asked.jsonl", *({"prompt": f"{a}+{a}=?"} for a in range(20, 28)))
-    data, given, evaluated = {"dataset": asked, "eval_dataset": asked}, calls("token_rewards"), []
+    given, drawn = watch(monkeypatch, ppo, "token_rewards", "draw_overoptimisation")
+    settings, evaluated = {"dataset": asked, "eval_dataset": asked, "batch_size": 8, "eval_rows": 8}, []
     for penalty in (0.0, 0.7):
-        folder, changes = tmp_path / str(penalty), {"reward_model": scorer, "missing_eos_penalty": penalty}
-        row = quick(folder, **data, **changes, batch_size=8, eval_rows=8)
+        folder = tmp_path / str(penalty)
+        row = quick(folder, **settings, reward_model=scorer, missing_eos_penalty=penalty)
         evaluated.append(metrics(folder)[0])
-    (_, _, free, mask, _), (_, _, paid, _, _) = (arguments for arguments, _, _ in given)
+    (_, _, free, mask, _), (_, _, paid, _, _) = (args for args, *_ in given)
     was_cut = (free - paid - 0.7).abs() < 1e-6
     assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 12).all()
     assert 0 < was_cut.double().mean().item() == row["completions/truncated_fraction"] < 1
@@ -130,14 +102,14 @@ def test_ppo_detail_1_a_cut_completion_pays_the_proxy_which_needs_no_answers(sco
     sample = next(s for s in samples if s["completion"].endswith("</answer>"))
     (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
     assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
-    assert "overoptimisation.png" in pictures and "eval/accuracy" not in row
+    assert len(drawn) == 2 and "eval/accuracy" not in row
 
 
-def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(tmp_path, calls):
+def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(tmp_path, monkeypatch):
     """Exactly so, in several microbatches and minibatches: the sampler's own numbers would be off by rounding."""
-    losses, split = calls("clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 30}
+    (losses,), split = watch(monkeypatch, ppo, "clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 30}
     row = quick(tmp_path, dtype="bfloat16", learning_rate=1e-3, **split)
-    ratios = [ratio for _, _, (_, ratio) in losses]
+    ratios = [ratio for *_, (_, ratio) in losses]
     rows = torch.tensor([len(ratio) for ratio in ratios]).cumsum(0)
     first = [ratio for ratio, end in zip(ratios, rows) if end <= 4]  # of the 8 rows each epoch has
     assert len(first) > 1 and 4 in rows and all((ratio == 1).all() for ratio in first)
@@ -146,14 +118,14 @@ def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(t
 
 
 def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers_own_ids(
-    tmp_path, monkeypatch, tokenizer, calls
+    tmp_path, monkeypatch, tokenizer
 ):
     """A tag spelled in letters, which no tokenizer would, padding, a stop token; and a completion that was cut."""
     odd = [[*tokenizer.convert_tokens_to_ids(list("<think>")), 1, 0], [1, 1]]
     group = [Completion(odd[0], [-0.5] * 9, True), Completion(odd[1], [-0.25, -2.0], False)]
     monkeypatch.setattr(ppo.Sampler, "generate", lambda self, prompts, *args, **kwargs: [group] * len(prompts))
     monkeypatch.setattr(ppo, "reward", lambda *args: 1.0)
-    forwards, given = calls("completion_logprobs"), calls("token_rewards")
+    forwards, given = watch(monkeypatch, ppo, "completion_logprobs", "token_rewards")
     row = quick(tmp_path, batch_size=2, missing_eos_penalty=0.5)
     trained = [named["completions"] for _, named, _ in forwards if named.get("completions")]
     assert len(trained) > 2 and all(ids == odd * 2 for ids in trained)
@@ -167,10 +139,10 @@ def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers
 
 
 @pytest.mark.parametrize("is_whitened", [False, True])
-def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not(is_whitened, tmp_path, calls):
+def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not(is_whitened, tmp_path, monkeypatch):
     """In the second step, whose policy has left the reference, so that KL is in the reward."""
     names = ("token_rewards", "gae", "clipped_policy_loss", "clipped_value_loss")
-    rewards, credits, policies, values = map(calls, names)
+    rewards, credits, policies, values = watch(monkeypatch, ppo, *names)
     settings = {"update_epochs": 1, "steps": 2, "beta": 5.0, "learning_rate": 1e-3}
     row = quick(tmp_path, **settings, whiten_rewards=is_whitened)
     ((old, ref, scores, mask, beta), _, plain), ((used, *_), _, (advantages, returns)) = rewards[-1], credits[-1]
@@ -186,25 +158,16 @@ def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not
     torch.testing.assert_close(policies[-1][0][2], whiten(advantages, mask)[order])
 
 
-def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
-    critic = ppo.load_critic(replace(ppo.EMBEDDED, critic="policy"), tokenizer, CPU, False)
-    torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(0))
-    rows = [[30, 31, 32, 33], [30, 31, 99, 33]]
-    with torch.no_grad():
-        values = ppo.completion_values(critic, [0, 1], [[20, 21]] * 2, rows, False)
-        alone = critic.model(input_ids=torch.tensor([[20, 21, *rows[0]]])).last_hidden_state
-    torch.testing.assert_close(values[0, :3], values[1, :3])
-    assert abs(values[0, 3] - values[1, 3]) > 1e-3
-    torch.testing.assert_close(values[0], critic.score(alone)[0, 1:5, 0].detach(), atol=1e-4, rtol=1e-4)
-
-
-def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model_or_expects_nothing(scorer, tokenizer, model):
+def test_ppo_detail_7_ppo_detail_13_a_critic_begins_as_the_normalised_reward_model_or_expects_nothing(
+    scorer, tokenizer, model
+):
+    """Its value before a token behind a whole answer is that answer's score."""
     critic = ppo.load_critic(replace(ppo.EMBEDDED, reward_model=scorer), tokenizer, CPU, False)
     question = {"prompt": [{"role": "user", "content": "12+30=?"}]}
     texts = ["<answer>42</answer>", "<think>12+30: 42</think><answer>42</answer>", "no"]
     expected = RewardModel(scorer, CPU, False, 4096)(question, texts)
     rows = [encode_answered(tokenizer, question["prompt"], text) for text in texts]
-    longer = [[*row[3:], 7] for row in rows]  # before a token behind the whole answer, the critic expects its score
+    longer = [[*row[3:], 7] for row in rows]
     with torch.no_grad():
         found = ppo.completion_values(critic, range(3), [row[:3] for row in rows], longer, False)
     last = torch.stack([values[len(row) - 1] for values, row in zip(found, longer)])
@@ -217,10 +180,11 @@ def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model_or_expec
         assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in weights)
 
 
-def test_ppo_detail_3_one_temperature_the_importance_weight_and_a_learning_rate_of_0(tmp_path, calls):
+def test_ppo_detail_3_one_temperature_the_importance_weight_and_a_learning_rate_of_0(tmp_path, monkeypatch):
     """The temperature divides logits in every forward; where π_old/μ is about 1, a cap of ½ halves the gradient of the
     policy, and that alone; and without a learning rate the critic is all that changes."""
-    forwards, settings = calls("completion_logprobs"), {"temperature": 0.6, "learning_rate": 0.0, "batch_size": 2}
+    (forwards,) = watch(monkeypatch, ppo, "completion_logprobs")
+    settings = {"temperature": 0.6, "learning_rate": 0.0, "batch_size": 2}
     for cap in (0.0, 0.5):
         quick(tmp_path / str(cap), importance_cap=cap, **settings, update_epochs=1, steps=2, eval_every=1)
     (start, first, free), (*_, capped) = metrics(tmp_path / "0.0"), metrics(tmp_path / "0.5")
