@@ -41,9 +41,9 @@ def read(count: int) -> list[dict]:
     return [json.loads(line) for line in first_rows("preferences_train.jsonl", count).read_text().splitlines()]
 
 
-def encoded(tokenizer, rows: list[dict], folder, max_prompt=100, max_completion=100):
+def encoded(tokenizer, rows: list[dict], folder, max_completion=100):
     lines = load_rows(jsonl(folder / "rows.jsonl", *rows))
-    return encode_comparisons(tokenizer, lines, "rows", max_prompt, max_completion)
+    return encode_comparisons(tokenizer, lines, "rows", 100, max_completion)
 
 
 def direct_logprob(model, example: dict, k: int) -> float:
@@ -316,7 +316,7 @@ def turns(*texts) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts)]
 
 
-def test_forms_of_pairs_give_the_same_tokens(tokenizer, tmp_path):
+def test_forms_of_pairs_give_the_same_tokens_and_long_answers_are_cut(tokenizer, tmp_path, capsys):
     asked, better, worse = turns("1+1=?"), turns("1+1=?", "2"), turns("1+1=?", "3")
     forms = [
         {"prompt": "1+1=?", "chosen": "2", "rejected": "3"},
@@ -331,41 +331,33 @@ def test_forms_of_pairs_give_the_same_tokens(tokenizer, tmp_path):
     found = [(one["ids"], one["completions"]) for one in encoded(tokenizer, forms, tmp_path)]
     assert len(found) == len(forms) and all(one == found[0] for one in found)
     assert found[0][0] + found[0][1][1] == render_chat(tokenizer, worse).ids
-
-
-def test_dpo_detail_1_rows_with_long_prompts_or_no_comparison_are_dropped_and_counted(tokenizer, tmp_path, capsys):
-    """Answers that are too long are cut, and counted, too."""
-    bad = {
-        "a prompt of more than 30 tokens (--max-prompt-tokens)": {"prompt": "q" * 40, "chosen": "2", "rejected": "3"},
-        "two answers are equal": {"chosen": "2", "rejected": "2"},
-        "an empty turn of the assistant": {"chosen": " ", "rejected": "2"},
-        "the answers' prompts differ": {"chosen": turns("a", "x"), "rejected": turns("b", "y")},
-        "an answer that is not the assistant's": {"chosen": turns("a", "b", "x"), "rejected": turns("a", "b", "y")},
-    }
-    good = [{"chosen": "x" * length, "rejected": "y"} for length in (1, 60)]
-    rows = [{"prompt": "q", **row} for row in [*bad.values(), *good]]
-    whole, cut = encoded(tokenizer, rows, tmp_path, max_prompt=30, max_completion=10)
-    assert (whole["index"], cut["index"]) == (5, 6) and cut["completions"][1] == whole["completions"][1]
-    assert cut["completions"][0] == whole["completions"][0][:1] * 10
-    told = capsys.readouterr().out
-    assert all(f"rows: 1 of 7 rows dropped: {reason}." in told for reason in bad)
-    assert "rows: 1 of 7 rows cut after 10 tokens (--max-completion-tokens)." in told
+    (cut,) = encoded(tokenizer, [{"prompt": "1+1=?", "chosen": "x" * 60, "rejected": "3"}], tmp_path, max_completion=10)
+    assert cut["completions"][0] == cut["completions"][0][:1] * 10 and cut["completions"][1] == found[0][1][1]
+    assert "rows: 1 of 1 rows cut after 10 tokens (--max-completion-tokens)." in capsys.readouterr().out
 
 
 PAIR = {"prompt": "1+1=?", "chosen": "2", "rejected": "3", "answer": "none of these"}
 SINGLE = {"prompt": "1+1=?", "completion": "2", "label": True}
 
 
-@pytest.mark.parametrize("rows,changes,sentence", [
-    ([SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
-    ([{**SINGLE, "label": "yes"}], {"loss": "kto"}, "label must be true or false, not 'yes'"),
-    ([SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
-    ([PAIR], {"reward_model": MODEL}, "add --iterations"),
-    ([PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),
-    ([PAIR], {"iterations": 1}, "all samples of a prompt have equal rewards"),
-    ([{"prompt": "1+1=?"}], {"iterations": 1}, "needs the columns answer"),
+@pytest.mark.parametrize("script,rows,changes,sentence", [
+    ("dpo", [SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
+    ("dpo", [{**SINGLE, "label": "yes"}], {"loss": "kto"}, "label must be true or false, not 'yes'"),
+    ("dpo", [SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
+    ("dpo", [PAIR], {"reward_model": MODEL}, "add --iterations"),
+    ("dpo", [PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),
+    ("dpo", [PAIR], {"iterations": 1}, "all samples of a prompt have equal rewards"),
+    ("dpo", [{"prompt": "1+1=?"}], {"iterations": 1}, "needs the columns answer"),
+    ("ppo", [PAIR], {}, "`python reward_model.py` trains one"),
+    ("ppo", [PAIR], {"batch_size": 4, "minibatches": 3, "reward_model": None}, "a multiple of minibatches"),
+    ("reward_model", [PAIR], {"principles": "none.txt"}, "add --judge"),
+    ("reward_model", [PAIR], {"judge": MODEL, "principles": "none.txt"}, "--principles none.txt: no such file"),
+    ("reward_model", [PAIR], {"judge": "no/such-model"}, "--judge no/such-model"),
+    ("reward_model", [PAIR], {"max_completion_tokens": 600}, "fills the model's whole context"),
+    ("reward_model", [PAIR], {"kind": "process"}, "needs the columns completions; found answer, chosen"),
 ])  # fmt: skip
-def test_bad_data_and_settings_are_told_in_a_sentence(rows, changes, sentence, tmp_path):
+def test_bad_data_and_settings_are_told_in_a_sentence(script, rows, changes, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((SystemExit, AssertionError)) as ended:
-        quick(tmp_path / "run", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **changes)
+        test_core.quick(script, tmp_path / "run", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **changes)
     assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()

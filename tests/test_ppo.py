@@ -227,17 +227,12 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_bad_settings_are_told_in_a_sentence(tmp_path, monkeypatch, scorer):
-    monkeypatch.chdir(tmp_path)
-    path = shutil.copytree(scorer, tmp_path / "other") / "tokenizer.json"
-    content = json.loads(path.read_text())
+def test_a_reward_model_of_another_tokenizer_reads_by_that_but_is_no_critic(tmp_path, scorer):
+    other = shutil.copytree(scorer, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {"1": content["model"]["vocab"]["2"], "2": content["model"]["vocab"]["1"]}
-    path.write_text(json.dumps(content))
-    for changes, sentence in (
-        ({"reward_model": ppo.EMBEDDED.reward_model}, "`python reward_model.py` trains one"),
-        ({"reward_model": str(tmp_path / "other")}, "a critic needs the tokenizer of .*--critic policy"),
-        ({"batch_size": 4, "minibatches": 3}, "--batch-size: a multiple of minibatches"),
-        ({"dataset": jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"})}, "needs the columns answer"),
-    ):
-        with pytest.raises((SystemExit, AssertionError), match=sentence):
-            quick(tmp_path / "run", **changes)
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    scores = RewardModel(scorer, CPU, False, 64)({"prompt": "1+13=?"}, ["14", "2"])
+    torch.testing.assert_close(RewardModel(str(other), CPU, False, 64)({"prompt": "2+23=?"}, ["24", "1"]), scores)
+    with pytest.raises(SystemExit, match="a critic needs the tokenizer of .*--critic policy"):
+        quick(tmp_path / "run", reward_model=str(other))
