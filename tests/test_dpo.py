@@ -3,7 +3,6 @@
 import json
 import math
 import time
-import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -66,10 +65,6 @@ def watch(monkeypatch, module, *names) -> list[list]:
     return list(watched.values())
 
 
-def stop(*_):
-    raise KeyboardInterrupt
-
-
 def check_references(forwards: list, rewarded: list) -> None:
     """The reference is the model that training began with, and the policy has left it."""
     model, ratios = dpo.load_model(MODEL, CPU), [args[3] for args, *_ in rewarded if args[3].requires_grad]
@@ -110,8 +105,8 @@ def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
     assert loss.isfinite().all() and certain.grad.isfinite().all()
 
 
-def test_parity_with_trl_dpo_trainer(tmp_path, tokenizer):
-    """From rows to the number, for a policy that has left its reference."""
+def test_dpo_detail_1_dpo_detail_2_parity_with_trl_from_rows_to_the_number(tmp_path, tokenizer, monkeypatch):
+    """For a policy that has left its reference. Sums are over whole answers, each prompt has a single forward."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -124,8 +119,12 @@ def test_parity_with_trl_dpo_trainer(tmp_path, tokenizer):
     with torch.no_grad():
         for mine, his in zip(policy.parameters(), trainer.model.eval().parameters()):
             his.copy_(mine.add_(torch.randn_like(mine) * 0.01))
-        logprobs, lengths = kl.answer_logprobs(policy, examples := list(encoded(tokenizer, rows, tmp_path)))
+        examples, (forwards,) = list(encoded(tokenizer, rows, tmp_path)), watch(monkeypatch, kl, "hidden_states")
+        logprobs, lengths = kl.answer_logprobs(policy, examples)
         ratio = logprobs - kl.answer_logprobs(dpo.load_model(MODEL, CPU), examples)[0]
+    once = sum(len(one["ids"]) + len(sum(one["completions"], [])) for one in examples)
+    assert [args[1].ids.numel() for args, *_ in forwards] == [once, once]
+    assert {ids[-1] for one in examples for ids in one["completions"]} == {tokenizer.eos_token_id}
     pooled = lengths.float().mean(0).expand(12, 2)
     for ours, theirs, ratios, numbers in (
         ("dpo", "sigmoid", ratio, lengths), ("rdpo", "robust", ratio, lengths),
@@ -140,62 +139,26 @@ def test_parity_with_trl_dpo_trainer(tmp_path, tokenizer):
         same(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_parity_with_trl_orpo_simpo_and_cdpo():
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
-
-    torch.manual_seed(0)
-    means, lengths = -torch.rand(6, 2) * 3, torch.randint(1, 9, (6, 2))
-    sums, two, stub = means * lengths, means.unbind(1), SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
-    vars(stub).update(beta=0.3, alpha=0.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=0.0)
-    same(dpo.orpo_loss(sums, None, lengths, 0.3, ARGS), -two[0] - ORPOTrainer.odds_ratio_loss(stub, *two)[0])
-    same(dpo.simpo_loss(sums, None, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
-    stub.loss_type, stub.label_smoothing = "sigmoid", 0.1  # cDPO is CPO's smoothed loss of log-ratios
-    same(dpo.cdpo_loss(None, means, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
-
-
-def test_dpo_detail_1_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn_in_one_forward(
-    tokenizer, model, tmp_path, monkeypatch
-):
-    rows, (forwards,) = read(3), watch(monkeypatch, kl, "hidden_states")
-    for row, example in zip(rows, encoded(tokenizer, rows, tmp_path), strict=True):
-        sums, lengths = kl.answer_logprobs(model, [example])
-        assert forwards[-1][0][1].ids.numel() == len(sum(example["completions"], example["ids"]))  # the prompt once
-        same(sums[0], torch.tensor([direct_logprob(model, example, k) for k in (0, 1)]), atol=1e-4, rtol=0)
-        for ids, side, length in zip(example["completions"], ("chosen", "rejected"), lengths[0]):
-            assert example["ids"] + ids == render_chat(tokenizer, row["prompt"] + row[side]).ids
-            assert ids[-1] == tokenizer.eos_token_id and length == len(ids)
-
-
-def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch):
-    """A run that is stopped keeps the numbers; there is no second model."""
+def test_dpo_detail_3_dpo_detail_5_the_policy_gives_the_reference_before_its_first_update(tmp_path, monkeypatch):
+    """Once, so that there is no second model, and by the very same forward: at first all is a tie, which is wrong."""
     names = ("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
     models, scored, *trained = watch(monkeypatch, dpo, *names)
-    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 5])
-    monkeypatch.setattr(dpo, "clip_gradients", lambda *args: next(updates)(*args))
-    settings = {"steps": 3, "save_every": 1, "learning_rate": 1e-3}
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path, **settings)
-    assert len(models) == 1 and [len(args[2]) for args, *_ in scored] == [2, 12, 2]  # held out, drawn, held out
-    quick(tmp_path, **settings, resume=str(tmp_path))
-    assert len(models) == 2 and [len(args[2]) for args, *_ in scored[3:]] == [2, 2]
-    same(scored[3][-1], scored[0][-1])  # that of held-out pairs is the first policy's, too
-    quick(tmp_path, **settings | {"steps": 4, "seed": 2}, resume=str(tmp_path))  # other rows are drawn
+    settings = {"save_every": 1, "learning_rate": 1e-3, "microbatch_tokens": 1}
+    quick(tmp_path, **settings, steps=2)
+    assert len(models) == 1 and [len(args[2]) for args, *_ in scored] == [2, 8, 2, 2]  # held out, drawn, held out
+    before, first, _ = metrics(tmp_path)
+    assert before["eval/preference_accuracy"] == first["preference/accuracy"] == before["eval/preference_margin"] == 0
+    assert [before["eval/loss"], first["loss/train"]] == pytest.approx([math.log(2)] * 2)
+    quick(tmp_path, **settings, steps=3, resume=str(tmp_path))
+    assert len(models) == 2
+    same(scored[4][2], scored[0][2])  # that of held-out pairs is the first policy's, too
+    quick(tmp_path, **settings, steps=4, seed=2, resume=str(tmp_path))  # other rows are drawn
     check_references(*trained)
 
 
-def test_dpo_detail_5_ties_are_wrong(tmp_path):
-    """Policy and reference are measured by the very same forward: before the first update all is a tie."""
-    last, before = quick(tmp_path, batch_size=1), metrics(tmp_path)[0]
-    assert before["eval/preference_accuracy"] == last["preference/accuracy"] == before["eval/preference_margin"] == 0
-    assert before["eval/loss"] == pytest.approx(math.log(2)) and last["loss/train"] == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize("processes,label", [(2, True), (1, False)])
-def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processes, label, tmp_path, monkeypatch):
-    """It is a mean over the rows of all processes, of which each trains on its share, and never below 0."""
-    monkeypatch.setattr(dpo, "start_processes", lambda device: (CPU, 0, processes))
-    monkeypatch.setattr(kl, "shard", lambda model, world: model)
+@pytest.mark.parametrize("label", [True, False])
+def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(label, tmp_path, monkeypatch):
+    """Never below 0, and without gradient."""
     reference, clip, drifts = dpo.load_model(MODEL, CPU), dpo.clip_gradients, []
     losses, examples, orders = watch(monkeypatch, dpo, "kto_loss", "with_mismatches", "shuffled_passes")
 
@@ -211,8 +174,7 @@ def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processe
     last = quick(tmp_path / "run", loss="kto", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **settings)
     found = [args[2] for args, *_ in losses]
     assert found == pytest.approx([max(0.0, drift) for drift in drifts], abs=1e-3) and abs(drifts[-1]) > 1
-    assert last["preference/baseline"] == found[-1] and isinstance(found[-1], float)  # without gradient
-    assert (found[-1] > 0) == label
+    assert last["preference/baseline"] == found[-1] and isinstance(found[-1], float) and (found[-1] > 0) == label
 
 
 def test_dpo_detail_6_every_partner_has_another_prompt_in_linear_time():
@@ -245,30 +207,19 @@ def test_dpo_detail_9_best_and_worst_as_the_samplers_own_ids_without_ties(tokeni
     assert pairs == [first, last] and found == {"reward/mean": pytest.approx(6 / 9), "preference/pairs": 2}
 
 
-def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer, monkeypatch):
-    """Each part of the prompts, which need no answers here, is sampled once, also if the run is stopped. The first
-    policy stays the reference, and no second model is alive while it trains."""
+def test_iterations_draw_pairs_from_the_policy_while_the_first_one_stays_the_reference(
+    tmp_path, tokenizer, monkeypatch
+):
+    """Here for KTO, ranked by a reward model, so that prompts need no answers."""
     sampled, *trained = watch(monkeypatch, dpo, "sample_pairs", "answer_logprobs", "implicit_rewards")
-    loaded, alive, load, updates = [], [], kl.load_model, iter([clip := dpo.clip_gradients, stop, *[clip] * 3])
-    count = lambda: alive.append(sum(model() is not None for model in loaded))  # noqa: E731
-    for module in (dpo, kl):  # the policy, and the reference
-        monkeypatch.setattr(module, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
-    monkeypatch.setattr(dpo, "clip_gradients", lambda *args: count() or next(updates)(*args))
     kl.load_scalar_model(MODEL, CPU, head_seed=0).save_pretrained(folder := str(tmp_path / "rm"))
     tokenizer.save_pretrained(folder)
     rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(12)}
     data = jsonl(tmp_path / "prompts.jsonl", *rows.values())
     settings = {"dataset": data, "eval_dataset": data, "reward_model": folder, "loss": "kto", "iterations": 2}
-    settings |= {"num_samples": 3, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
-    settings["missing_eos_penalty"] = 0.0
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path / "run", **settings)
-    assert len(sampled) == 1 and len(loaded) == 2 and alive == [1, 1]
-    loaded.clear()
-    last = quick(tmp_path / "run", **settings, resume=str(tmp_path / "run"))
-    assert len(sampled) == 2 and len(loaded) == 3 and alive == [1] * 5 and "eval/accuracy" not in last
+    settings |= {"num_samples": 3, "batch_size": 3, "learning_rate": 1e-3, "missing_eos_penalty": 0.0}
+    last, score = quick(tmp_path / "run", **settings, steps=0), dpo.RewardModel(folder, CPU, False, 4096)
     check_references(*trained)
-    score = dpo.RewardModel(folder, CPU, False, 4096)
     for i, (_, _, (pairs, _)) in enumerate(sampled):
         assert pairs == torch.load(tmp_path / "run" / f"pairs-000{i}.pt")[0]
         for pair in pairs:
@@ -277,7 +228,7 @@ def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer
             assert best > worst
     counts = [len(pairs) for _, _, (pairs, _) in sampled]
     logged = [row.get("preference/pairs") for row in metrics(tmp_path / "run")[1:]]
-    assert logged == [counts[0], counts[0], counts[1], None] and min(counts) > 1
+    assert logged == [counts[0], None, counts[1], None] and min(counts) > 1 and "eval/accuracy" not in last
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -342,7 +293,6 @@ SINGLE = {"prompt": "1+1=?", "completion": "2", "label": True}
 
 @pytest.mark.parametrize("script,rows,changes,sentence", [
     ("dpo", [SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
-    ("dpo", [{**SINGLE, "label": "yes"}], {"loss": "kto"}, "label must be true or false, not 'yes'"),
     ("dpo", [SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
     ("dpo", [PAIR], {"reward_model": MODEL}, "add --iterations"),
     ("dpo", [PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),

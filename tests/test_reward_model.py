@@ -96,13 +96,9 @@ def test_reward_model_detail_2_a_head_starts_small_runs_in_float32_and_stays_so_
     assert saved["score.weight"].dtype == torch.float32 and saved["model.norm.weight"].dtype == torch.bfloat16
 
 
-@pytest.fixture()
-def trained_ids(monkeypatch) -> list[list[int]]:
-    """Fills with the packed ids of every forward that is trained on."""
-    seen, score = [], rm.token_scores
-    note = lambda packed: seen.append(packed.ids[0].tolist()) if torch.is_grad_enabled() else None  # noqa: E731
-    monkeypatch.setattr(rm, "token_scores", lambda *args: [score(*args), note(args[1])][0])
-    return seen
+def trained(scored: list) -> list[list[int]]:
+    """The packed ids of those calls of `token_scores` that are trained on."""
+    return [args[1].ids[0].tolist() for args, _, scores in scored if scores.requires_grad]
 
 
 def check_step(row: dict, loss: torch.Tensor, model) -> None:
@@ -113,23 +109,21 @@ def check_step(row: dict, loss: torch.Tensor, model) -> None:
 
 
 def test_reward_model_detail_1_reward_model_detail_3_reward_model_detail_4_a_step_by_hand(
-    tmp_path, tokenizer, trained_ids
+    tmp_path, tokenizer, monkeypatch
 ):
     """Each prompt and answer is forwarded once, the loss is the mean over the pairs of a prompt, then over prompts,
     whatever the microbatches, and scores are those that transformers gives one text at a time."""
     rows = [{"prompt": "12+30=?", "completions": ["42", "<answer>42</answer>", "41", "no idea"]},
             pair(margin=0.5, chosen_probability=0.8)]  # fmt: skip
-    flags, examples = {"dataset": jsonl(tmp_path / "ranked.jsonl", *rows)}, encoded(tokenizer, rows)
+    flags, (scored,) = {"microbatch_tokens": 10, "centering": 0.1}, watch(monkeypatch, rm, "token_scores")
+    row = quick(tmp_path / "run", dataset=jsonl(tmp_path / "ranked.jsonl", *rows), **flags)
+    examples, model = encoded(tokenizer, rows), kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
     once = [sorted(one["ids"] + sum(one["completions"], [])) for one in examples]
-    for tokens, forwards in ((10, once), (4096, [sorted(sum(once, []))])):
-        trained_ids.clear()
-        row = quick(tmp_path / str(tokens), **flags, microbatch_tokens=tokens, centering=0.1)
-        assert sorted(map(sorted, trained_ids)) == sorted(forwards)
-        model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
-        a, b, c, d, right, wrong = logits(model, texts_of(examples))
-        pairs = [-F.logsigmoid(x - y) + 0.1 * (x + y) ** 2 for x, y in ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d))]
-        soft = -0.8 * F.logsigmoid(right - wrong - 0.5) - 0.2 * F.logsigmoid(wrong + 0.5 - right)
-        check_step(row, (sum(pairs) / 6 + soft + 0.1 * (right + wrong) ** 2) / 2, model)
+    assert sorted(map(sorted, trained(scored))) == sorted(once)
+    a, b, c, d, right, wrong = logits(model, texts_of(examples))
+    pairs = [-F.logsigmoid(x - y) + 0.1 * (x + y) ** 2 for x, y in ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d))]
+    soft = -0.8 * F.logsigmoid(right - wrong - 0.5) - 0.2 * F.logsigmoid(wrong + 0.5 - right)
+    check_step(row, (sum(pairs) / 6 + soft + 0.1 * (right + wrong) ** 2) / 2, model)
 
 
 def test_reward_model_detail_5_any_loader_finds_scores_normalised_while_loss_and_calibration_are_of_raw_ones(
@@ -154,15 +148,16 @@ def test_reward_model_detail_5_any_loader_finds_scores_normalised_while_loss_and
 
 
 def test_reward_model_detail_6_members_differ_in_head_and_order_and_are_normalised_then_joined(
-    tmp_path, tokenizer, trained_ids, monkeypatch
+    tmp_path, tokenizer, monkeypatch
 ):
     """In the evaluation, and by RewardModel: as computed by hand from the folders of the members."""
-    (loaded,) = watch(monkeypatch, rm, "load_scalar_model")
+    loaded, scored = watch(monkeypatch, rm, "load_scalar_model", "token_scores")
     held_out = [pair(f"{i}+1=?", f"<answer>{i + 1}</answer>", "3") for i in range(8)]
     flags = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8, "normalisation": "scale"}
     row = quick(tmp_path, ensemble_size=2, ensemble_score="uwo", reference_dataset=None, **flags)
     assert [named["head_seed"] for _, named, _ in loaded] == [SEED, SEED + 1]
-    assert len(trained_ids) == 2 and trained_ids[0] != trained_ids[1]
+    first, second = trained(scored)
+    assert first != second
     folders = [tmp_path / "model", tmp_path / "model" / "member_1"]
     members = torch.stack([normalised(folder, texts_of(encoded(tokenizer, held_out))) for folder in folders])
     mean, variance = members.mean(0), (members[0] - members[1]).square() / 4
@@ -175,44 +170,32 @@ def test_reward_model_detail_6_members_differ_in_head_and_order_and_are_normalis
         torch.testing.assert_close(found, values, atol=1e-3, rtol=0)
 
 
-def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_first_wrong_one(tmp_path, tokenizer):
+def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_first_wrong_one(tmp_path, model):
+    """By a tokenizer that knows `2,` as one token, with which a step's last token must not merge with its separator;
+    and a solution's score is the product of its steps'."""
     assert [rm.supervised_steps(labels) for labels in ([True, False, True, False], [True, True], [False])] == [2, 2, 1]
+    tokenizer = text.load_tokenizer(str(TINY))
+    tokenizer.add_tokens(["2,"])
+    for part in (model, tokenizer):
+        part.save_pretrained(start := str(tmp_path / "start"))
     solutions = [{"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=4", "4=4"], "labels": [True, False, True]},
                  {"prompt": "2+2=?", "completions": ["2+2=4"], "labels": [1]}]  # fmt: skip
     path = jsonl(tmp_path / "steps.jsonl", *solutions)
     flags = {"kind": "process", "dataset": path, "eval_dataset": path, "microbatch_tokens": 10}
-    row = quick(tmp_path / "run", **flags)
-    read = [("1+1+1=?", "1+1=2,"), ("1+1+1=?", "1+1=2,2+1=4,"), ("2+2=?", "2+2=4,")]  # up to each supervised step
-    ids = [tokenizer(f"<|user|>{asked}<|end|><|assistant|>{said}").input_ids for asked, said in read]
-    right, wrong, other = logits(model := kl.load_scalar_model(str(TINY), CPU, head_seed=SEED), ids)
+    row = quick(tmp_path / "run", model=start, **flags)
+    read = [("1+1+1=?", ["1+1=2"]), ("1+1+1=?", ["1+1=2", "2+1=4"]), ("2+2=?", ["2+2=4"])]  # up to supervised steps
+    ids = [tokenizer(f"<|user|>{asked}<|end|><|assistant|>").input_ids for asked, _ in read]
+    ids = [
+        sum((tokenizer(part).input_ids for step in said for part in (step, ",")), i) for i, (_, said) in zip(ids, read)
+    ]
+    right, wrong, other = logits(model := kl.load_scalar_model(start, CPU, head_seed=SEED), ids)
     loss = -(F.logsigmoid(right) + F.logsigmoid(-wrong) + F.logsigmoid(other)) / 3
     check_step(row, loss, model)
     assert metrics(tmp_path / "run")[0]["eval/loss"] == pytest.approx(loss.item(), rel=1e-4)
-
-
-def test_a_process_model_scores_a_solution_by_the_product_of_its_steps(tmp_path, tokenizer):
-    model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
-    model.config.reward_kind, model.config.reward_separator = "process", ","
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    said = ["1+1=2,2+1=3</think><answer>3</answer>", "<answer>3</answer>"]  # the second has no step
-    scores = RewardModel(str(tmp_path), CPU, False, 64)({"prompt": "1+1+1=?"}, said)
-    steps = ["1+1=2,", "1+1=2,2+1=3,"]
-    ids = [tokenizer(f"<|user|>1+1+1=?<|end|><|assistant|>{step}").input_ids for step in steps]
-    expected = logits(model, ids).detach().sigmoid().prod()
-    assert scores[0].sigmoid() == pytest.approx(float(expected), rel=1e-3) and scores[1].sigmoid() < 1e-5
-
-
-def test_reward_model_detail_7_separators_do_not_merge_with_steps():
-    """A tokenizer that knows `2,` as one token: rendered as one text, a step's last token would take its separator."""
-    tokenizer = text.load_tokenizer(str(TINY))
-    tokenizer.add_tokens(["2,"])
-    merged, separator = tokenizer.convert_tokens_to_ids(["2,", ","])
-    row = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True, True]}
-    solution = text.encode_solution(tokenizer, row, 64, 64, ",")
-    ((ids,), (ends,)) = solution["completions"], solution["ends"]
-    assert merged in tokenizer("1+1=2,2+1=3,").input_ids and merged not in ids
-    assert ends == [6, 12] and [ids[end - 1] for end in ends] == [separator] * 2
+    said = ["1+1=2,2+1=4</think><answer>3</answer>", "<answer>3</answer>"]  # the second has no step
+    scores = RewardModel(str(tmp_path / "run" / "model"), CPU, False, 64)({"prompt": "1+1+1=?"}, said).sigmoid()
+    expected = normalised(tmp_path / "run" / "model", ids[:2]).sigmoid().prod()
+    assert scores[0].item() == pytest.approx(expected.item(), rel=1e-3) and scores[1] < 1e-5
 
 
 @pytest.mark.parametrize("is_one_token", [True, False])
@@ -279,34 +262,29 @@ def test_a_judge_labels_pairs_and_samples_once_as_a_run_on_them_reads_them(rows,
 SOLUTION = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True, True]}
 
 
-@pytest.mark.parametrize("script,flags,good,bad", [
-    ("reward_model", {}, pair(), [('{"prompt": "1', "Unterminated string"),
-                                  (pair(chosen_probability=3), "chosen_probability must lie between 0 and 1"),
-                                  (pair(chosen="2" * 200), "an answer of more than 128 tokens"),
-                                  (pair(margin="abc"), "could not convert string to float: 'abc'"),
-                                  ({"prompt": "a", "completions": ["b"]}, "completions must be a list of at least 2")]),
-    ("reward_model", {"kind": "process"}, SOLUTION, [({**SOLUTION, "labels": [1, -1]}, "labels true or false"),
-                                                     ({**SOLUTION, "labels": [True]}, "lists of the same length"),
-                                                     ({**SOLUTION, "completions": ["1" * 200, "2"]}, "over 128 and"),
-                                                     ({**SOLUTION, "prompt": None}, "needs the columns prompt or")]),
-    ("dpo", {"max_prompt_tokens": 30}, pair(), [(pair("q" * 40), "a prompt of more than 30 tokens"),
-                                                (pair(chosen="3"), "two answers are equal"),
-                                                (pair(chosen=" "), "an empty turn of the assistant"),
-                                                (pair(chosen=turns("a", "x"), rejected=turns("b", "y")), "differ"),
-                                                (pair(chosen=turns("a", "b", "x"), rejected=turns("a", "b", "y")), "not the assistant's")]),
+@pytest.mark.parametrize("row,sentence", [
+    (pair(chosen_probability=3), "chosen_probability must lie between 0 and 1"),
+    (pair(chosen="2" * 200), "an answer of more than 128 tokens .--max-completion-tokens"),
+    (pair("q" * 200), "a prompt of more than 128 tokens .--max-prompt-tokens"),
+    (pair(margin="abc"), "could not convert string to float: 'abc'"),
+    (pair(chosen="3"), "two answers are equal"),
+    (pair(chosen=" "), "an empty turn of the assistant"),
+    (pair(chosen=turns("a", "x"), rejected=turns("b", "y")), "the answers' prompts differ"),
+    (pair(chosen=turns("a", "b", "x"), rejected=turns("a", "b", "y")), "an answer that is not the assistant's"),
+    ({"prompt": "a", "completions": ["b"]}, "completions must be a list of at least 2"),
+    ({**SOLUTION, "labels": [1, -1]}, "labels true or false"),
+    ({**SOLUTION, "labels": [True]}, "lists of the same length"),
+    ({**SOLUTION, "completions": ["1" * 200, "2"]}, "over 128 and 128 tokens"),
+    ({**SOLUTION, "prompt": None}, "needs the columns prompt or question"),
 ])  # fmt: skip
-def test_dpo_detail_1_rows_that_cannot_be_read_are_dropped_and_counted_while_the_run_goes_on(
-    script, flags, good, bad, tmp_path, capsys
-):
-    data = jsonl(tmp_path / "data.jsonl", good, *(row for row, _ in bad), good)
-    flags = {"dataset": data, "eval_dataset": jsonl(tmp_path / "eval.jsonl", good, good), **flags}
-    row = unseen(test_core.quick)(script, tmp_path / "run", **flags)
-    assert row["step"] == 1 and row["loss/train"] > 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
-    assert len(told) == len(bad)
-    for _, reason in bad:
-        (line,) = (line for line in told if reason in line)
-        assert f"1 of {len(bad) + 2} rows dropped: " in line
+def test_dpo_detail_1_rows_that_cannot_be_read_are_dropped(row, sentence, tokenizer):
+    """Whatever is raised for a row: test_data.py has how it is counted while the run goes on."""
+    read = text.read_row({name: value for name, value in row.items()})
+    with pytest.raises(ValueError, match=sentence):
+        if "labels" in row:
+            text.encode_solution(tokenizer, read, 128, 128, ",")
+        else:
+            text.encode_comparison(tokenizer, read, 128, 128, least=2, whole=True)
 
 
 def test_a_reward_model_can_be_trained_on(tmp_path):
