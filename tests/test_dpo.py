@@ -244,7 +244,8 @@ def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path, monkeypa
 @pytest.mark.parametrize("seed", [1, 2])
 def test_dpo_learns_to_answer_from_preferences(seed, tmp_path):
     data = str(first_rows("preferences_train.jsonl", 540))
-    last = quick(tmp_path, dataset=data, seed=seed, steps=60, batch_size=8, eval_rows=48, eval_every=0)
+    settings = {"steps": 30, "batch_size": 12, "learning_rate": 4e-4, "max_completion_tokens": 64, "eval_rows": 48}
+    last = quick(tmp_path, dataset=data, seed=seed, **settings, eval_every=0)
     for name in ("eval/accuracy", "eval/accuracy_greedy"):
         assert last[name] >= metrics(tmp_path)[0][name] + 0.12, name
     assert last["eval/preference_accuracy"] >= 0.75

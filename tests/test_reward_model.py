@@ -183,11 +183,9 @@ def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_
     path = jsonl(tmp_path / "steps.jsonl", *solutions)
     flags = {"kind": "process", "dataset": path, "eval_dataset": path, "microbatch_tokens": 10}
     row = quick(tmp_path / "run", model=start, **flags)
-    read = [("1+1+1=?", ["1+1=2"]), ("1+1+1=?", ["1+1=2", "2+1=4"]), ("2+2=?", ["2+2=4"])]  # up to supervised steps
-    ids = [tokenizer(f"<|user|>{asked}<|end|><|assistant|>").input_ids for asked, _ in read]
-    ids = [
-        sum((tokenizer(part).input_ids for step in said for part in (step, ",")), i) for i, (_, said) in zip(ids, read)
-    ]
+    first, second = (f"<|user|>{asked}<|end|><|assistant|>" for asked in ("1+1+1=?", "2+2=?"))
+    read = [(first, "1+1=2", ","), (first, "1+1=2", ",", "2+1=4", ","), (second, "2+2=4", ",")]  # to each target
+    ids = [sum((tokenizer(part).input_ids for part in parts), []) for parts in read]
     right, wrong, other = logits(model := kl.load_scalar_model(start, CPU, head_seed=SEED), ids)
     loss = -(F.logsigmoid(right) + F.logsigmoid(-wrong) + F.logsigmoid(other)) / 3
     check_step(row, loss, model)
@@ -279,12 +277,10 @@ SOLUTION = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [T
 ])  # fmt: skip
 def test_dpo_detail_1_rows_that_cannot_be_read_are_dropped(row, sentence, tokenizer):
     """Whatever is raised for a row: test_data.py has how it is counted while the run goes on."""
-    read = text.read_row({name: value for name, value in row.items()})
+    how = {"separator": ","} if "labels" in row else {"least": 2, "whole": True}
+    encode = text.encode_solution if "labels" in row else text.encode_comparison
     with pytest.raises(ValueError, match=sentence):
-        if "labels" in row:
-            text.encode_solution(tokenizer, read, 128, 128, ",")
-        else:
-            text.encode_comparison(tokenizer, read, 128, 128, least=2, whole=True)
+        encode(tokenizer, text.read_row(dict(row)), 128, 128, **how)
 
 
 def test_a_reward_model_can_be_trained_on(tmp_path):
@@ -311,8 +307,8 @@ def test_a_pad_token_that_ends_conversations_is_not_named_in_the_config(pad, nam
 
 
 def test_a_process_model_finds_the_first_wrong_step(tmp_path):
-    data = {"dataset": f"{TINY}/steps_train.jsonl", "eval_dataset": f"{TINY}/steps_test.jsonl"}
-    after = quick(tmp_path, kind="process", **data, steps=38, batch_size=32, eval_rows=96)
+    data = {"dataset": str(first_rows("steps_train.jsonl", 640)), "eval_dataset": f"{TINY}/steps_test.jsonl"}
+    after = quick(tmp_path, kind="process", **data, steps=40, batch_size=16, warmup_steps=5, eval_rows=96)
     before = metrics(tmp_path)[0]
     assert after["eval/first_error_accuracy"] >= before["eval/first_error_accuracy"] + 0.25
     assert before["eval/accuracy"] < 0.65 and after["eval/accuracy"] >= 0.75
