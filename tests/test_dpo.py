@@ -23,9 +23,10 @@ ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
 LOSSES = [*dpo.PAIR_LOSSES, "kto"]
 FEW = str(first_rows("preferences_train.jsonl", 240))
 same = torch.testing.assert_close
-unseen = patch("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)  # test_core.py has the pictures
-quick = partial(test_core.quick, "dpo", batch_size=4, max_completion_tokens=24, warmup_steps=1, dataset=FEW)
-quick = unseen(quick)  # they would take half of the time
+unseen = patch("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)  # test_core.py has the pictures,
+unasked = patch.object(dpo, "evaluate_answers", lambda *args: ({}, []))  # which take half of the time, as samples do
+sampled_quick = unseen(partial(test_core.quick, "dpo", batch_size=4, warmup_steps=1, dataset=FEW))
+quick = unasked(partial(sampled_quick, max_completion_tokens=24))
 
 
 def t(*values) -> torch.Tensor:
@@ -217,8 +218,9 @@ def test_iterations_draw_pairs_from_the_policy_while_the_first_one_stays_the_ref
     rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(12)}
     data = jsonl(tmp_path / "prompts.jsonl", *rows.values())
     settings = {"dataset": data, "eval_dataset": data, "reward_model": folder, "loss": "kto", "iterations": 2}
-    settings |= {"num_samples": 3, "batch_size": 3, "learning_rate": 1e-3, "missing_eos_penalty": 0.0}
-    last, score = quick(tmp_path / "run", **settings, steps=0), dpo.RewardModel(folder, CPU, False, 4096)
+    settings |= {"num_samples": 3, "batch_size": 3, "learning_rate": 1e-3, "missing_eos_penalty": 0.0, "steps": 0}
+    last = sampled_quick(tmp_path / "run", **settings, max_completion_tokens=24)
+    score = dpo.RewardModel(folder, CPU, False, 4096)
     check_references(*trained)
     for i, (_, _, (pairs, _)) in enumerate(sampled):
         assert pairs == torch.load(tmp_path / "run" / f"pairs-000{i}.pt")[0]
@@ -232,8 +234,7 @@ def test_iterations_draw_pairs_from_the_policy_while_the_first_one_stays_the_ref
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "evaluate_answers", lambda *args: ({}, []))
+def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path):
     last = quick(tmp_path, loss=loss, steps=4, batch_size=8, eval_rows=32, learning_rate=1e-3)
     before = metrics(tmp_path)[0]
     assert last["eval/preference_margin"] > before["eval/preference_margin"] + 0.02
@@ -245,7 +246,7 @@ def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path, monkeypa
 def test_dpo_learns_to_answer_from_preferences(seed, tmp_path):
     data = str(first_rows("preferences_train.jsonl", 540))
     settings = {"steps": 30, "batch_size": 12, "learning_rate": 4e-4, "max_completion_tokens": 64, "eval_rows": 48}
-    last = quick(tmp_path, dataset=data, seed=seed, **settings, eval_every=0)
+    last = sampled_quick(tmp_path, dataset=data, seed=seed, **settings, eval_every=0)
     for name in ("eval/accuracy", "eval/accuracy_greedy"):
         assert last[name] >= metrics(tmp_path)[0][name] + 0.12, name
     assert last["eval/preference_accuracy"] >= 0.75
