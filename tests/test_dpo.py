@@ -1,13 +1,12 @@
-"""dpo.py: known answers, gradients, parity with TRL, its numbered details, its data, and what it says to bad input."""
+"""dpo.py: known answers, parity with TRL, its numbered details, its data, and what is told of bad input."""
 
 import json
 import math
 import time
-import weakref
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import test_core
@@ -16,16 +15,18 @@ from conftest import TINY, first_rows, jsonl, metrics
 
 import dpo
 from common import kl
-from common.generation import Completion, is_correct
+from common.generation import Completion
 from common.tokenizer import encode_comparisons, encode_prompt, load_rows, render_chat, with_mismatches
 
 CPU, MODEL = torch.device("cpu"), str(TINY)
 ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
 LOSSES = [*dpo.PAIR_LOSSES, "kto"]
-YES, NO = torch.tensor([True]), torch.tensor([False])
 FEW = str(first_rows("preferences_train.jsonl", 240))
 same = torch.testing.assert_close
-quick = partial(test_core.quick, "dpo", batch_size=4, max_completion_tokens=64, warmup_steps=1, dataset=FEW)
+unseen = patch("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)  # test_core.py has the pictures,
+unasked = patch.object(dpo, "evaluate_answers", lambda *args: ({}, []))  # which take half of the time, as samples do
+sampled_quick = unseen(partial(test_core.quick, "dpo", batch_size=4, warmup_steps=1, dataset=FEW))
+quick = unasked(partial(sampled_quick, max_completion_tokens=24))
 
 
 def t(*values) -> torch.Tensor:
@@ -40,9 +41,9 @@ def read(count: int) -> list[dict]:
     return [json.loads(line) for line in first_rows("preferences_train.jsonl", count).read_text().splitlines()]
 
 
-def encoded(tokenizer, rows: list[dict], folder, max_prompt=100, max_completion=100):
+def encoded(tokenizer, rows: list[dict], folder, max_completion=100):
     lines = load_rows(jsonl(folder / "rows.jsonl", *rows))
-    return encode_comparisons(tokenizer, lines, "rows", max_prompt, max_completion)
+    return encode_comparisons(tokenizer, lines, "rows", 100, max_completion)
 
 
 def direct_logprob(model, example: dict, k: int) -> float:
@@ -53,48 +54,40 @@ def direct_logprob(model, example: dict, k: int) -> float:
     return float(logprobs[range(len(ids)), ids].sum())
 
 
-@pytest.fixture()
-def calls(monkeypatch):
-    """calls(name, …): for each a list of the arguments and the result of every call of that function of a module."""
+def watch(monkeypatch, module, *names) -> list[list]:
+    """For each of these functions, a list of the arguments, by place and by name, and the result of every call."""
 
-    def watch(name: str, module) -> list:
-        noted, real = [], getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, **more: noted.append((*a, real(*a, **more))) or noted[-1][-1])
-        return noted
+    def noting(real, calls: list):
+        return lambda *args, **named: calls.append((args, named, real(*args, **named))) or calls[-1][2]
 
-    return lambda *names, module=dpo: [watch(name, module) for name in names]
-
-
-def stop(*_):
-    raise KeyboardInterrupt
+    watched = {name: [] for name in names}
+    for name, calls in watched.items():
+        monkeypatch.setattr(module, name, noting(getattr(module, name), calls))
+    return list(watched.values())
 
 
 def check_references(forwards: list, rewarded: list) -> None:
     """The reference is the model that training began with, and the policy has left it."""
-    model, ratios = dpo.load_model(MODEL, CPU), [call[3] for call in rewarded if call[3].requires_grad]
-    for (_, examples, *_, (logprobs, _)), ratio in zip(forwards, ratios, strict=True):
-        expected = torch.tensor([[direct_logprob(model, one, k) for k in (0, 1)] for one in examples])
+    model, ratios = dpo.load_model(MODEL, CPU), [args[3] for args, *_ in rewarded if args[3].requires_grad]
+    for ((_, examples, *_), _, (logprobs, _)), ratio in zip(forwards, ratios, strict=True):
+        expected = torch.tensor([[direct_logprob(model, one, k) for k in (-2, -1)] for one in examples])
         same(logprobs - ratio, expected, atol=1e-4, rtol=0)
     assert ratios[-1].abs().max() > 0.1
 
 
-# ---------------------------------------------------------------------------------------------- known answers
-
-
 def test_t18_t19_t20_dpo_detail_7_losses_of_sums_and_of_means():
     logprobs, ratio, lengths = t([-10, -12]), t([1, -1]), t([5, 4])
-    expected = {"dpo": 0.598139, "cdpo": 0.618139, "rdpo": 0.573139, "ipo": 9, "dpo_norm": 0.670900, "rpo": 2.598139}
-    for loss, value in expected.items():
-        close(dpo.PAIR_LOSSES[loss](logprobs, ratio, lengths, 0.1, ARGS), value)
-    close(dpo.dpo_norm_loss(logprobs, ratio, lengths, 5.0, ARGS), 0.100207)
-    close(dpo.simpo_loss(logprobs, ratio, lengths, 2.0, ARGS), 0.313262)
+    for loss, beta, value in (
+        ("dpo", 0.1, 0.598139), ("cdpo", 0.1, 0.618139), ("rdpo", 0.1, 0.573139), ("ipo", 0.1, 9),
+        ("dpo_norm", 5.0, 0.100207), ("rpo", 0.1, 2.598139), ("simpo", 2.0, 0.313262),
+    ):  # fmt: skip
+        close(dpo.PAIR_LOSSES[loss](logprobs, ratio, lengths, beta, ARGS), value)
     close(dpo.ipo_loss(None, ratio / lengths, None, 0.1, ARGS), 20.7025)
     close(dpo.dpo_loss(None, t([7, 7]), None, 0.1, ARGS), math.log(2))
     close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 0.1, ARGS), 0.532030)
     close(dpo.orpo_loss(t([-2.5, -4]), None, lengths, 1.0, ARGS), 0.5 + math.log1p(math.exp(-0.974077)))
     weighted = replace(ARGS, desirable_weight=3.0, undesirable_weight=1.0)
-    close(dpo.kto_loss(t(2), YES, 0.5, 0.1, ARGS), 0.462570)
-    close(dpo.kto_loss(t(1), NO, 0.5, 0.1, weighted), 0.512497)
+    close(dpo.kto_loss(t(2, 1), torch.tensor([True, False]), 0.5, 0.1, weighted), 3 * 0.462570, 0.512497)
     rewards = {loss: dpo.implicit_rewards(loss, 0.5, logprobs, ratio, lengths)[0].tolist() for loss in LOSSES}
     of_means = {"dpo_norm": [0.1, -0.125], "simpo": [-1, -1.5], "orpo": [-1, -1.5]}
     assert rewards == dict.fromkeys(LOSSES, [0.5, -0.5]) | of_means
@@ -113,176 +106,88 @@ def test_dpo_detail_8_keeps_the_digits_of_float32_at_both_ends():
     assert loss.isfinite().all() and certain.grad.isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------- parity with TRL
-
-
-@pytest.fixture(scope="module")
-def trl(tmp_path_factory, tokenizer):
-    """TRL's trainer with a policy that has left its reference, its batch, and our log π, ratios and lengths of it."""
+def test_dpo_detail_1_dpo_detail_2_parity_with_trl_from_rows_to_the_number(tmp_path, tokenizer, monkeypatch):
+    """For a policy that has left its reference. Sums are over whole answers, each prompt has a single forward."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    folder = tmp_path_factory.mktemp("trl")
-    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in read(24)]
-    config = {"per_device_train_batch_size": 24, "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.3}
-    config = DPOConfig(str(folder), **config, max_length=None, gradient_checkpointing=False)
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in read(12)]
+    config = {"per_device_train_batch_size": 12, "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.3}
+    config = DPOConfig(str(tmp_path), **config, max_length=None, gradient_checkpointing=False, label_smoothing=0.1)
     trainer = DPOTrainer(MODEL, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    reference, policy = dpo.load_model(MODEL, CPU), dpo.load_model(MODEL, CPU)
+    policy, batch = dpo.load_model(MODEL, CPU), next(iter(trainer.get_train_dataloader()))
     torch.manual_seed(0)
     with torch.no_grad():
         for mine, his in zip(policy.parameters(), trainer.model.eval().parameters()):
             his.copy_(mine.add_(torch.randn_like(mine) * 0.01))
-        examples = list(encoded(tokenizer, rows, folder))
+        examples, (forwards,) = list(encoded(tokenizer, rows, tmp_path)), watch(monkeypatch, kl, "hidden_states")
         logprobs, lengths = kl.answer_logprobs(policy, examples)
-        ratio = logprobs - kl.answer_logprobs(reference, examples)[0]
-    assert len(ratio) == 24
-    return trainer, next(iter(trainer.get_train_dataloader())), logprobs, ratio, lengths
+        ratio = logprobs - kl.answer_logprobs(dpo.load_model(MODEL, CPU), examples)[0]
+    once = sum(len(one["ids"]) + len(sum(one["completions"], [])) for one in examples)
+    assert [args[1].ids.numel() for args, *_ in forwards] == [once, once]
+    assert {ids[-1] for one in examples for ids in one["completions"]} == {tokenizer.eos_token_id}
+    pooled = lengths.float().mean(0).expand(12, 2)
+    for ours, theirs, ratios, numbers in (
+        ("dpo", "sigmoid", ratio, lengths), ("rdpo", "robust", ratio, lengths),
+        ("dpo_norm", "sigmoid_norm", ratio, lengths),
+        ("ipo", "ipo", ratio / lengths, lengths),  # TRL takes means per token
+        ("rpo", "sigmoid sft", ratio, pooled),  # and its likelihood is a mean over the tokens of all answers
+    ):  # fmt: skip
+        trainer.loss_types, trainer.loss_weights = theirs.split(), [1.0] * len(theirs.split())
+        trainer.label_smoothing = 0.1 * (ours == "rdpo")
+        expected = trainer.compute_loss(trainer.model, batch).detach()
+        found = dpo.PAIR_LOSSES[ours](logprobs, ratios, numbers, 0.3, ARGS).mean()
+        same(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ours,theirs", [
-    ("dpo", "sigmoid"), ("rdpo", "robust"), ("dpo_norm", "sigmoid_norm"), ("ipo", "ipo"), ("rpo", "sigmoid sft")
-])  # fmt: skip
-def test_parity_with_trl_dpo_trainer(ours, theirs, trl):
-    """From rows to the number."""
-    trainer, batch, logprobs, ratio, lengths = trl
-    trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = theirs.split(), [1.0] * len(theirs.split()), 0.1
-    expected = trainer.compute_loss(trainer.model, batch).detach()
-    if ours == "ipo":  # TRL takes means per token
-        ratio = ratio / lengths
-    if ours == "rpo":  # TRL's likelihood is a mean over the tokens of all answers, ours over those of each
-        lengths = lengths.float().mean(0).expand(len(lengths), 2)
-    same(dpo.PAIR_LOSSES[ours](logprobs, ratio, lengths, 0.3, ARGS).mean(), expected, atol=2e-5, rtol=1e-4)
-
-
-def test_parity_with_trl_orpo_simpo_and_cdpo():
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
-
-    torch.manual_seed(0)
-    means, lengths = -torch.rand(6, 2) * 3, torch.randint(1, 9, (6, 2))
-    sums, two, stub = means * lengths, means.unbind(1), SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
-    vars(stub).update(beta=0.3, alpha=0.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=0.0)
-    odds, *_ = ORPOTrainer.odds_ratio_loss(stub, *two)
-    same(dpo.orpo_loss(sums, None, lengths, 0.3, ARGS), -two[0] - odds)
-    same(dpo.simpo_loss(sums, None, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
-    stub.loss_type, stub.label_smoothing = "sigmoid", 0.1  # cDPO is CPO's smoothed loss of log-ratios
-    same(dpo.cdpo_loss(None, means, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
-
-
-def test_parity_with_trl_kto():
-    """TRL's KTO loss on given log-probabilities: the model is a stub that returns them."""
-    from trl import KTOTrainer
-
-    torch.manual_seed(0)
-    new, mismatched, (ref, ref_mismatched) = -torch.rand(4, 5), -torch.rand(4, 5), -torch.rand(2, 4) * 3
-    label, ones, zero = torch.tensor([True, False, True, False]), torch.ones(4, 6, dtype=torch.long), torch.zeros(4, 5)
-    means = {"entropy": zero, "mean_logits": zero, "mean_token_accuracy": zero.sum(), "num_correct": zero.sum()}
-
-    def model(input_ids, **_):
-        return SimpleNamespace(log_probs=mismatched if (input_ids == 2).all() else new, **means)
-
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), calculate_KL=True, precompute_ref_logps=True, aux_loss_enabled=False,
-        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x), use_kernel=False,
-        loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.3, _tp_size=1,
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
-    )  # fmt: skip
-    trainer._compute_kl_logps = lambda m, b: KTOTrainer._compute_kl_logps(trainer, m, b)
-    batch = {f"{kind}{name}_mask": ones for kind in ("", "KL_") for name in ("attention", "completion")}
-    batch |= {"input_ids": ones, "KL_input_ids": ones * 2, "label": label, "ref_logps": ref}
-    expected = KTOTrainer._compute_loss(trainer, model, {**batch, "ref_KL_logps": ref_mismatched}, False)
-    baseline = max(0.0, float((mismatched.sum(1) - ref_mismatched).mean()))
-    same(dpo.kto_loss(new.sum(1) - ref, label, baseline, 0.1, ARGS).mean(), expected)
-
-
-# ---------------------------------------------------------------------------------------------- details
-
-
-def test_dpo_detail_1_dpo_detail_2_sums_over_the_answer_with_its_end_of_turn_in_one_forward(
-    tokenizer, model, tmp_path, calls
-):
-    rows, (forwards,) = read(3), calls("hidden_states", module=kl)
-    for row, example in zip(rows, encoded(tokenizer, rows, tmp_path), strict=True):
-        sums, lengths = kl.answer_logprobs(model, [example])
-        assert forwards[-1][1].ids.numel() == len(sum(example["completions"], example["ids"]))  # the prompt once
-        for k, side in enumerate(("chosen", "rejected")):
-            ids = example["completions"][k]
-            assert example["ids"] + ids == render_chat(tokenizer, row["prompt"] + row[side]).ids
-            assert ids[-1] == tokenizer.eos_token_id and lengths[0, k] == len(ids)
-            assert sums[0, k].item() == pytest.approx(direct_logprob(model, example, k), abs=1e-4)
-
-
-def test_dpo_detail_3_the_policy_gives_the_reference_once_before_its_first_update(tmp_path, monkeypatch, calls):
-    """A run that is stopped keeps the numbers, and SimPO and ORPO need none; there is no second model."""
-    models, scored, *trained = calls("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
-    updates = iter([clip := dpo.clip_gradients, stop, *[clip] * 9])
-    monkeypatch.setattr(dpo, "clip_gradients", lambda *args: next(updates)(*args))
-    settings = {"steps": 3, "save_every": 1, "learning_rate": 1e-3}
-    settings["dataset"] = str(first_rows("preferences_train.jsonl", 200))
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path / "dpo", **settings)
-    assert len(models) == 1 and [len(call[2]) for call in scored] == [2, 12, 2]  # held out, drawn, held out
-    assert [torch.load(path).shape for path in (tmp_path / "dpo").glob("reference-*.pt")] == [(12, 3)]
-    quick(tmp_path / "dpo", **settings, resume=str(tmp_path / "dpo"))
-    assert len(models) == 2 and [len(call[2]) for call in scored[3:]] == [2, 2]
-    same(scored[3][-1], scored[0][-1])  # that of held-out pairs is the first policy's, too
+def test_dpo_detail_3_dpo_detail_5_the_policy_gives_the_reference_before_its_first_update(tmp_path, monkeypatch):
+    """Once, so that there is no second model, and by the very same forward: at first all is a tie, which is wrong."""
+    names = ("load_model", "score_answers", "answer_logprobs", "implicit_rewards")
+    models, scored, *trained = watch(monkeypatch, dpo, *names)
+    settings = {"save_every": 1, "learning_rate": 1e-3, "microbatch_tokens": 1}
+    quick(tmp_path, **settings, steps=2)
+    assert len(models) == 1 and [len(args[2]) for args, *_ in scored] == [2, 8, 2, 2]  # held out, drawn, held out
+    before, first, _ = metrics(tmp_path)
+    assert before["eval/preference_accuracy"] == first["preference/accuracy"] == before["eval/preference_margin"] == 0
+    assert [before["eval/loss"], first["loss/train"]] == pytest.approx([math.log(2)] * 2)
+    quick(tmp_path, **settings, steps=3, resume=str(tmp_path))
+    assert len(models) == 2
+    same(scored[4][2], scored[0][2])  # that of held-out pairs is the first policy's, too
+    quick(tmp_path, **settings, steps=4, seed=2, resume=str(tmp_path))  # other rows are drawn
     check_references(*trained)
-    quick(tmp_path / "dpo", **settings | {"steps": 4, "seed": 2}, resume=str(tmp_path / "dpo"))  # other rows are drawn
-    check_references(*trained)
-    for loss in dpo.NEEDS_NO_REFERENCE:
-        models.clear(), scored.clear()
-        quick(tmp_path / loss, loss=loss)
-        assert len(models) == 1 and {len(call[2]) for call in scored} == {0, 2}
-        assert not list((tmp_path / loss).glob("*.pt"))
 
 
-def test_dpo_detail_5_ties_are_wrong(tmp_path):
-    """Policy and reference are measured by the very same forward: before the first update all is a tie."""
-    last, before = quick(tmp_path, batch_size=1), metrics(tmp_path)[0]
-    assert before["eval/preference_accuracy"] == last["preference/accuracy"] == before["eval/preference_margin"] == 0
-    assert before["eval/loss"] == pytest.approx(math.log(2)) and last["loss/train"] == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize("processes,label", [(2, True), (1, False)])
-def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(processes, label, tmp_path, monkeypatch, calls):
-    """It is a mean over the rows of all processes, of which each trains on its share, and never below 0."""
-    monkeypatch.setattr(dpo, "start_processes", lambda device: (CPU, 0, processes))
-    monkeypatch.setattr(kl, "shard", lambda model, world: model)
+@pytest.mark.parametrize("label", [True, False])
+def test_dpo_detail_6_baseline_is_the_drift_on_answers_to_other_prompts(label, tmp_path, monkeypatch):
+    """Never below 0, and without gradient."""
     reference, clip, drifts = dpo.load_model(MODEL, CPU), dpo.clip_gradients, []
-    losses, examples, orders = calls("kto_loss", "with_mismatches", "shuffled_passes")
+    losses, examples, orders = watch(monkeypatch, dpo, "kto_loss", "with_mismatches", "shuffled_passes")
 
     def update(policy, norm):
-        drawn = [examples[0][-1](i) for i in orders[0][-1][4 * len(drifts) :][:4]]
+        drawn = [examples[0][2](i) for i in orders[0][2][4 * len(drifts) :][:4]]
         assert all(one["completions"][0] != one["completions"][1] for one in drawn)
         drifts.append(sum(direct_logprob(policy, one, 0) - direct_logprob(reference, one, 0) for one in drawn) / 4)
         return clip(policy, norm)
 
     monkeypatch.setattr(dpo, "clip_gradients", update)  # all answers are of one kind: one of them moves the others
     rows = [{"prompt": f"{i}+1=?", "completion": f"Gladly! <answer>{i}</answer>", "label": label} for i in range(16)]
-    settings = {"dataset": jsonl(tmp_path / "rows.jsonl", *rows), "steps": 3, "learning_rate": 5e-4}
-    last = quick(tmp_path / "run", loss="kto", **settings, lr_schedule="constant")
-    found = [call[2] for call in losses]
+    settings = {"steps": 3, "learning_rate": 5e-4, "lr_schedule": "constant"}
+    last = quick(tmp_path / "run", loss="kto", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **settings)
+    found = [args[2] for args, *_ in losses]
     assert found == pytest.approx([max(0.0, drift) for drift in drifts], abs=1e-3) and abs(drifts[-1]) > 1
-    assert last["preference/baseline"] == found[-1] and isinstance(found[-1], float)  # without gradient
-    assert (found[-1] > 0) == label
-
-
-def mismatches(keys: list[int], seed: int) -> list[int]:
-    """For rows whose prompts have these keys, the rows that other answers are taken from."""
-    example = with_mismatches([{"key": key, "completions": [[i]]} for i, key in enumerate(keys)], seed)
-    return [example(i)["completions"][0][0] for i in range(len(keys))]
+    assert last["preference/baseline"] == found[-1] and isinstance(found[-1], float) and (found[-1] > 0) == label
 
 
 def test_dpo_detail_6_every_partner_has_another_prompt_in_linear_time():
-    for keys in ([5] * 97 + [1, 2, 3], [1, 2], list(range(50)), [3, 1, 3, 2, 1] * 9):
-        for seed in range(20):
-            assert all(keys[i] != keys[j] for i, j in enumerate(mismatches(keys, seed)))
-    assert len({tuple(mismatches([1, 2, 3], seed)) for seed in range(99)}) == 2**3  # all that there are
-    rows, began = [{"key": i // 2} for i in range(500_000)], time.perf_counter()
+    for keys in ([5] * 97 + [1, 2, 3], [3, 1, 3, 2, 1] * 9, [1, 2, 3]):
+        rows, seen = [{"key": key, "completions": [[i]]} for i, key in enumerate(keys)], set()
+        for example in (with_mismatches(rows, seed) for seed in range(99)):
+            seen.add(partners := tuple(example(i)["completions"][0][0] for i in range(len(keys))))
+            assert all(keys[i] != keys[j] for i, j in enumerate(partners))
+    assert len(seen) == 2**3  # all that there are for the last
+    rows, began = [{"key": i // 2} for i in range(100_000)], time.perf_counter()
     with_mismatches(rows, 1)
     assert time.perf_counter() - began < 3
-    with pytest.raises(AssertionError, match="all prompts are the same"):
-        mismatches([7] * 9, 1)
 
 
 def test_dpo_detail_9_best_and_worst_as_the_samplers_own_ids_without_ties(tokenizer):
@@ -301,70 +206,45 @@ def test_dpo_detail_9_best_and_worst_as_the_samplers_own_ids_without_ties(tokeni
     assert pairs == [first, last] and found == {"reward/mean": pytest.approx(6 / 9), "preference/pairs": 2}
 
 
-def test_iterations_draw_pairs_from_the_policy_and_keep_them(tmp_path, tokenizer, monkeypatch, calls):
-    """Each part of the prompts is sampled once, also if the run is stopped; the first policy stays the reference, and
-    no second model is alive while it trains."""
-    sampled, asked, *trained = calls("sample_pairs", "load_questions", "answer_logprobs", "implicit_rewards")
-    loaded, alive, load, updates = [], [], kl.load_model, iter([clip := dpo.clip_gradients, stop, *[clip] * 3])
-    count = lambda: alive.append(sum(model() is not None for model in loaded))  # noqa: E731
-    for module in (dpo, kl):  # the policy, and the reference
-        monkeypatch.setattr(module, "load_model", lambda *args: loaded.append(weakref.ref(m := load(*args))) or m)
-    monkeypatch.setattr(dpo, "clip_gradients", lambda *args: count() or next(updates)(*args))
-    settings = {"iterations": 2, "num_samples": 4, "batch_size": 3, "steps": 0, "save_every": 1, "learning_rate": 1e-3}
-    settings["dataset"] = str(first_rows("maths_train.jsonl", 12))
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path, **settings)
-    assert len(sampled) == 1 and len(loaded) == 2 and alive == [1, 1]
-    loaded.clear(), alive.clear()
-    quick(tmp_path, **settings, resume=str(tmp_path))
-    assert len(sampled) == 2 and len(loaded) == 3 and alive == [1, 1, 1]
-    check_references(*trained)
-    golds = {tuple(one["ids"]): one["row"]["answer"] for one in asked[0][-1][0]}
-    for i in range(2):
-        assert sampled[i][-1] == torch.load(tmp_path / f"pairs-000{i}.pt")
-        for pair in sampled[i][-1][0]:
-            gold = golds.pop(tuple(pair["ids"]))  # no prompt comes in both parts
-            assert [is_correct(tokenizer.decode(ids), gold) for ids in pair["completions"]] == [True, False]
-    counts = [len(call[-1][0]) for call in sampled]
-    logged = [row.get("preference/pairs") for row in metrics(tmp_path)[1:]]
-    assert logged == [counts[0], counts[0], counts[1], None] and min(counts) > 1
-
-
-def test_kto_iterations_with_a_reward_model_need_no_answers(tmp_path, tokenizer):
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-    torch.manual_seed(0)
-    folder = str(tmp_path / "rm")
-    Qwen3ForSequenceClassification(Qwen3Config.from_pretrained(TINY, num_labels=1)).save_pretrained(folder)
+def test_iterations_draw_pairs_from_the_policy_while_the_first_one_stays_the_reference(
+    tmp_path, tokenizer, monkeypatch
+):
+    """Here for KTO, ranked by a reward model, so that prompts need no answers."""
+    sampled, *trained = watch(monkeypatch, dpo, "sample_pairs", "answer_logprobs", "implicit_rewards")
+    kl.load_scalar_model(MODEL, CPU, head_seed=0).save_pretrained(folder := str(tmp_path / "rm"))
     tokenizer.save_pretrained(folder)
-    rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(8)}
+    rows = {tuple(encode_prompt(tokenizer, f"{i}+1=?")): {"prompt": f"{i}+1=?"} for i in range(12)}
     data = jsonl(tmp_path / "prompts.jsonl", *rows.values())
-    flags = {"dataset": data, "eval_dataset": data, "iterations": 1, "num_samples": 3}
-    last = quick(tmp_path / "run", loss="kto", reward_model=folder, **flags)
-    pairs, score = torch.load(tmp_path / "run" / "pairs-0000.pt")[0], dpo.RewardModel(folder, CPU, False, 4096)
-    assert last["preference/pairs"] == len(pairs) > 5 and "preference/baseline" in last and "eval/accuracy" not in last
-    for pair in pairs:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair["completions"]]
-        best, worst = score(rows[tuple(pair["ids"])], texts)
-        assert best > worst
-
-
-# ---------------------------------------------------------------------------------------------- it learns
+    settings = {"dataset": data, "eval_dataset": data, "reward_model": folder, "loss": "kto", "iterations": 2}
+    settings |= {"num_samples": 3, "batch_size": 3, "learning_rate": 1e-3, "missing_eos_penalty": 0.0, "steps": 0}
+    last = sampled_quick(tmp_path / "run", **settings, max_completion_tokens=24)
+    score = dpo.RewardModel(folder, CPU, False, 4096)
+    check_references(*trained)
+    for i, (_, _, (pairs, _)) in enumerate(sampled):
+        assert pairs == torch.load(tmp_path / "run" / f"pairs-000{i}.pt")[0]
+        for pair in pairs:
+            row = rows.pop(tuple(pair["ids"]))  # no prompt comes in both parts
+            best, worst = score(row, [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair["completions"]])
+            assert best > worst
+    counts = [len(pairs) for _, _, (pairs, _) in sampled]
+    logged = [row.get("preference/pairs") for row in metrics(tmp_path / "run")[1:]]
+    assert logged == [counts[0], None, counts[1], None] and min(counts) > 1 and "eval/accuracy" not in last
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "evaluate_answers", lambda *args: ({}, []))
-    last = quick(tmp_path, loss=loss, steps=10, batch_size=8, eval_rows=32)
+def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path):
+    last = quick(tmp_path, loss=loss, steps=4, batch_size=8, eval_rows=32, learning_rate=1e-3)
     before = metrics(tmp_path)[0]
-    assert last["eval/preference_margin"] > before["eval/preference_margin"] + 0.004
-    assert last["eval/loss"] < before["eval/loss"] - 0.01
+    assert last["eval/preference_margin"] > before["eval/preference_margin"] + 0.02
+    assert last["eval/loss"] < before["eval/loss"] - 0.04
+    assert len(list(tmp_path.glob("reference-*.pt"))) == (loss not in ("simpo", "orpo"))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_dpo_learns_to_answer_from_preferences(seed, tmp_path):
     data = str(first_rows("preferences_train.jsonl", 540))
-    last = quick(tmp_path, dataset=data, seed=seed, steps=60, batch_size=8, eval_rows=48, eval_every=0)
+    settings = {"steps": 30, "batch_size": 12, "learning_rate": 4e-4, "max_completion_tokens": 64, "eval_rows": 48}
+    last = sampled_quick(tmp_path, dataset=data, seed=seed, **settings, eval_every=0)
     for name in ("eval/accuracy", "eval/accuracy_greedy"):
         assert last[name] >= metrics(tmp_path)[0][name] + 0.12, name
     assert last["eval/preference_accuracy"] >= 0.75
@@ -383,14 +263,11 @@ def test_kto_takes_pairs_single_answers_or_both(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
 def turns(*texts) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts)]
 
 
-def test_forms_of_pairs_give_the_same_tokens(tokenizer, tmp_path):
+def test_forms_of_pairs_give_the_same_tokens_and_long_answers_are_cut(tokenizer, tmp_path, capsys):
     asked, better, worse = turns("1+1=?"), turns("1+1=?", "2"), turns("1+1=?", "3")
     forms = [
         {"prompt": "1+1=?", "chosen": "2", "rejected": "3"},
@@ -405,44 +282,32 @@ def test_forms_of_pairs_give_the_same_tokens(tokenizer, tmp_path):
     found = [(one["ids"], one["completions"]) for one in encoded(tokenizer, forms, tmp_path)]
     assert len(found) == len(forms) and all(one == found[0] for one in found)
     assert found[0][0] + found[0][1][1] == render_chat(tokenizer, worse).ids
-
-
-def test_dpo_detail_1_rows_with_long_prompts_or_no_comparison_are_dropped_and_counted(tokenizer, tmp_path, capsys):
-    """Answers that are too long are cut, and counted, too."""
-    bad = {
-        "a prompt of more than 30 tokens (--max-prompt-tokens)": {"prompt": "q" * 40, "chosen": "2", "rejected": "3"},
-        "two answers are equal": {"chosen": "2", "rejected": "2"},
-        "an empty turn of the assistant": {"chosen": " ", "rejected": "2"},
-        "the answers' prompts differ": {"chosen": turns("a", "x"), "rejected": turns("b", "y")},
-        "an answer that is not the assistant's": {"chosen": turns("a", "b", "x"), "rejected": turns("a", "b", "y")},
-    }
-    good = [{"chosen": "x" * length, "rejected": "y"} for length in (1, 60)]
-    rows = [{"prompt": "q", **row} for row in [*bad.values(), *good]]
-    whole, cut = encoded(tokenizer, rows, tmp_path, max_prompt=30, max_completion=10)
-    assert (whole["index"], cut["index"]) == (5, 6) and cut["completions"][1] == whole["completions"][1]
-    assert cut["completions"][0] == whole["completions"][0][:1] * 10
-    told = capsys.readouterr().out
-    assert all(f"rows: 1 of 7 rows dropped: {reason}." in told for reason in bad)
-    assert "rows: 1 of 7 rows cut after 10 tokens (--max-completion-tokens)." in told
+    (cut,) = encoded(tokenizer, [{"prompt": "1+1=?", "chosen": "x" * 60, "rejected": "3"}], tmp_path, max_completion=10)
+    assert cut["completions"][0] == cut["completions"][0][:1] * 10 and cut["completions"][1] == found[0][1][1]
+    assert "rows: 1 of 1 rows cut after 10 tokens (--max-completion-tokens)." in capsys.readouterr().out
 
 
 PAIR = {"prompt": "1+1=?", "chosen": "2", "rejected": "3", "answer": "none of these"}
 SINGLE = {"prompt": "1+1=?", "completion": "2", "label": True}
 
 
-@pytest.mark.parametrize("rows,changes,sentence", [
-    ([SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
-    ([{**SINGLE, "label": "yes"}], {"loss": "kto"}, "label must be true or false, not 'yes'"),
-    ([SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
-    ([PAIR], {"eval_dataset": None}, "too few to hold any out"),
-    ([PAIR], {"max_completion_tokens": 600}, "fills the model's whole context"),
-    ([PAIR], {"reward_model": MODEL}, "add --iterations"),
-    ([PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),
-    ([PAIR], {"iterations": 1, "reward_model": MODEL}, "a sequence classifier with one label"),
-    ([PAIR], {"iterations": 1}, "all samples of a prompt have equal rewards"),
-    ([{"prompt": "1+1=?"}], {"iterations": 1}, "needs the columns answer"),
+@pytest.mark.parametrize("script,rows,changes,sentence", [
+    ("dpo", [SINGLE], {}, "needs the columns completions or chosen and rejected; found completion, label, prompt"),
+    ("dpo", [SINGLE, {**SINGLE, "label": False}], {"loss": "kto"}, "all prompts are the same"),
+    ("dpo", [PAIR], {"reward_model": MODEL}, "add --iterations"),
+    ("dpo", [PAIR], {"iterations": 1, "num_samples": 1}, "--num-samples of at least 2"),
+    ("dpo", [PAIR], {"iterations": 1}, "all samples of a prompt have equal rewards"),
+    ("dpo", [{"prompt": "1+1=?"}], {"iterations": 1}, "needs the columns answer"),
+    ("ppo", [PAIR], {}, "`python reward_model.py` trains one"),
+    ("ppo", [PAIR], {"batch_size": 4, "minibatches": 3, "reward_model": None}, "a multiple of minibatches"),
+    ("reward_model", [PAIR], {"principles": "none.txt"}, "add --judge"),
+    ("reward_model", [PAIR], {"judge": MODEL, "principles": "none.txt"}, "--principles none.txt: no such file"),
+    ("reward_model", [PAIR], {"judge": "no/such-model"}, "--judge no/such-model"),
+    ("reward_model", [PAIR], {"max_completion_tokens": 600}, "fills the model's whole context"),
+    ("reward_model", [PAIR], {"kind": "process"}, "needs the columns completions; found answer, chosen"),
 ])  # fmt: skip
-def test_bad_data_and_settings_are_told_in_a_sentence(rows, changes, sentence, tmp_path):
+def test_bad_data_and_settings_are_told_in_a_sentence(script, rows, changes, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((SystemExit, AssertionError)) as ended:
-        quick(tmp_path / "run", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **changes)
+        test_core.quick(script, tmp_path / "run", dataset=jsonl(tmp_path / "rows.jsonl", *rows), **changes)
     assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()

@@ -9,71 +9,54 @@ from functools import partial
 import pytest
 import test_core
 import torch
-from conftest import first_rows, jsonl, metrics
+from conftest import TINY, first_rows, jsonl, metrics
+from test_dpo import close, t, unseen, watch
 
 import ppo
-import reward_model
 from common.generation import Completion
-from common.kl import AdaptiveKLController, RewardModel, pack_whole, token_scores, whiten
+from common.kl import AdaptiveKLController, RewardModel, load_scalar_model, whiten
 from common.tokenizer import encode_answered
 
 CPU = torch.device("cpu")
-ENDS = (SystemExit, AssertionError)
-
-
-def t(*values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def close(value, expected, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(value).double(), t(*expected), atol=tolerance, rtol=0)
-
-
-# ---------------------------------------------------------------------------------------------- known answers
 
 
 def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_last_action():
-    logprobs, ref = t(-1, -2, -9)[None], t(-1.5, -1.5, -1)[None]
-    close(ppo.token_rewards(logprobs[:, :2], ref[:, :2], t(2), torch.ones(1, 2), 0.1)[0], [-0.05, 2.05])
-    close(ppo.token_rewards(logprobs, ref, t(2), t(1, 1, 0)[None], 0.1)[0], [-0.05, 2.05, 0])  # nothing for padding
+    logprobs, ref, mask = t(-1, -2, -9)[None], t(-1.5, -1.5, -1)[None], t(1, 1, 0)[None]
+    close(ppo.token_rewards(logprobs, ref, t(2), mask, 0.1)[0], -0.05, 2.05, 0)  # nothing for padding
 
 
 def test_t13_ppo_detail_4_gae_equals_the_direct_sum_and_reads_nothing_behind_the_last_action():
     known = ppo.gae(t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None], torch.ones(1, 3), 1.0, 0.95)
-    close(torch.cat(known), [[0.4705, 0.39, 0.2], [0.9705, 0.99, 1]])
+    close(torch.cat(known), [0.4705, 0.39, 0.2], [0.9705, 0.99, 1])
     rewards, values = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lengths, gamma, lam = [9, 1, 4, 7, 2], 0.97, 0.9
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    for garbage in (9.0, math.nan, math.inf):
-        padded = (x.masked_fill(~mask, garbage) for x in (rewards, values))
-        advantages, returns = ppo.gae(*padded, mask, gamma, lam)
-        for i, n in enumerate(lengths):
-            v = [*values[i, :n].tolist(), 0.0]
-            delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
-            direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
-            close(advantages[i], direct + [0] * (9 - n))
-            close(returns[i], [a + b for a, b in zip(direct, v)] + [0] * (9 - n))
+    advantages, returns = ppo.gae(*(x.masked_fill(~mask, math.nan) for x in (rewards, values)), mask, gamma, lam)
+    for i, n in enumerate(lengths):
+        v = [*values[i, :n].tolist(), 0.0]
+        delta = [rewards[i, k].item() + gamma * v[k + 1] - v[k] for k in range(n)]
+        direct = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, n)) for k in range(n)]
+        close(advantages[i], *direct, *[0] * (9 - n))
+        close(returns[i], *(a + b for a, b in zip(direct, v)), *[0] * (9 - n))
 
 
 def test_t14_ppo_detail_8_ppo_detail_9_whitening():
-    one = torch.ones(3)
-    close(whiten(t(1, 2, 3), one), [-1.224745, 0, 1.224745])
-    close(whiten(t(1, 2, 3), one, shift_mean=False), [2 - 1.224745, 2, 2 + 1.224745])
+    close(whiten(t(1, 2, 3, 50), t(1, 1, 1, 0)), -1.224745, 0, 1.224745, 0)
+    close(whiten(t(1, 2, 3), torch.ones(3), shift_mean=False), 2 - 1.224745, 2, 2 + 1.224745)
     others = iter([[3.0, 1.0], [1.0]])  # two processes with [1, 2] and [3] find what one finds
     found = whiten(t(1, 2), torch.ones(2), add_up=lambda sums: [a + b for a, b in zip(sums, next(others))])
-    close(found, [-1.224745, 0])
-    close(whiten(t(1, 2, 3, 50), t(1, 1, 1, 0)), [-1.224745, 0, 1.224745, 0])
+    close(found, -1.224745, 0)
 
 
 def test_t15_clipped_policy_loss_and_its_gradient():
     ratio, advantages = t(1.5, 1.5, 0.5, 0.5), t(1, -1, 1, -1)
     logprobs = ratio.log().requires_grad_()
     losses, found = ppo.clipped_policy_loss(logprobs, t(0, 0, 0, 0), advantages, torch.ones(4), 0.2)
-    close(losses.detach(), [-1.2, 1.5, -0.5, 0.8])
-    close(found, ratio.tolist())
+    close(losses.detach(), -1.2, 1.5, -0.5, 0.8)
+    close(found, *ratio.tolist())
     losses.sum().backward()
-    close(logprobs.grad, [0, 1.5, -0.5, 0])
-    close(ppo.clipped_policy_loss(t(0, 900), t(0, 0), t(2, 0), t(1, 0), 0.2)[0], [-2, 0])  # e^900 is no number
+    close(logprobs.grad, 0, 1.5, -0.5, 0)
+    close(ppo.clipped_policy_loss(t(0, 900), t(0, 0), t(2, 0), t(1, 0), 0.2)[0], -2, 0)  # e^900 is no number
 
 
 def test_t16_ppo_detail_10_value_clipping():
@@ -81,84 +64,68 @@ def test_t16_ppo_detail_10_value_clipping():
         values = t(start).requires_grad_()
         found = ppo.clipped_value_loss(values, t(0), t(1), 0.2)
         found.sum().backward()
-        close(torch.cat([found.detach(), values.grad]), [loss, slope])
+        close(torch.cat([found.detach(), values.grad]), loss, slope)
 
 
-def test_t17_ppo_detail_12_the_controller_moves_beta_towards_the_target():
-    for beta, horizon, kl, count, expected in (
-        (1.0, 10_000, 9.0, 64, 1.00128), (0.1, 1000, 3.0, 64, 0.09872), (0.1, 1000, 6.0, 64, 0.1),
-        (1.0, 1000, 1e6, 10, 1.002), (1.0, 20, 0.0, 2560, 0.8),  # at most a fifth, and never below 0
-    ):  # fmt: skip
-        assert AdaptiveKLController(beta, 6.0, horizon).update(kl, count) == pytest.approx(expected, rel=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------- details
-
-
-SMALL = {"batch_size": 4, "num_samples": 2, "eval_rows": 4, "reward_model": None, "warmup_steps": 1, "update_epochs": 2,
-         "dataset": str(first_rows("maths_train.jsonl", 240)), "lr_schedule": "constant"}  # fmt: skip
-quick = partial(test_core.quick, "ppo", **SMALL)
-
-
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory) -> str:
-    """The folder of a reward model, whose normalisation is not the identity."""
-    folder = tmp_path_factory.mktemp("scorer")
-    data = {"dataset": str(first_rows("preferences_train.jsonl", 240)), "eval_rows": 8, "eval_every": 0}
-    settings = {"steps": 6, "normalisation": "scale", "output_dir": str(folder), "device": "cpu"}
-    reward_model.main(replace(reward_model.EMBEDDED, **data, **settings))
-    return str(folder / "model")
+SMALL = {"batch_size": 4, "eval_rows": 4, "max_completion_tokens": 12, "update_epochs": 2, "warmup_steps": 1}
+SMALL |= {"dataset": str(first_rows("maths_train.jsonl", 240)), "reward_model": None, "lr_schedule": "constant"}
+quick = unseen(partial(test_core.quick, "ppo", **SMALL))
 
 
 @pytest.fixture()
-def calls(monkeypatch):
-    """calls(name): a list of the arguments, by place and by name, and the result of every call of that function."""
-
-    def watch(name: str) -> list:
-        noted, real = [], getattr(ppo, name)
-        monkeypatch.setattr(ppo, name, lambda *a, **k: noted.append((a, k, real(*a, **k))) or noted[-1][2])
-        return noted
-
-    return watch
+def scorer(tokenizer, tmp_path) -> str:
+    """The folder of a reward model, whose normalisation is not the identity."""
+    model = load_scalar_model(str(TINY), CPU, head_seed=0)
+    model.config.reward_mean, model.config.reward_std = 0.4, 0.7
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "scorer")
+    return str(tmp_path / "scorer")
 
 
-@pytest.mark.parametrize("is_learned", [False, True])
-def test_ppo_detail_1_a_cut_completion_pays(is_learned, scorer, tmp_path, calls):
-    given, evaluated = calls("token_rewards"), []
+def test_ppo_detail_1_a_cut_completion_pays_the_proxy_which_needs_no_answers(scorer, tmp_path, monkeypatch):
+    asked = jsonl(tmp_path / "asked.jsonl", *({"prompt": f"{a}+{a}=?"} for a in range(20, 28)))
+    given, drawn = watch(monkeypatch, ppo, "token_rewards", "draw_overoptimisation")
+    settings, evaluated = {"dataset": asked, "eval_dataset": asked, "batch_size": 8, "eval_rows": 8}, []
     for penalty in (0.0, 0.7):
-        changes = {"reward_model": scorer if is_learned else None, "missing_eos_penalty": penalty, "batch_size": 8}
-        row = quick(tmp_path / str(penalty), **changes, max_completion_tokens=10, eval_rows=8)
-        evaluated.append(metrics(tmp_path / str(penalty))[0])
-    (_, _, free, mask, _), (_, _, paid, _, _) = (arguments for arguments, _, _ in given)
+        folder = tmp_path / str(penalty)
+        row = quick(folder, **settings, reward_model=scorer, missing_eos_penalty=penalty)
+        evaluated.append(metrics(folder)[0])
+    (_, _, free, mask, _), (_, _, paid, _, _) = (args for args, *_ in given)
     was_cut = (free - paid - 0.7).abs() < 1e-6
-    assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 10).all()
+    assert ((free == paid) | was_cut).all() and (mask.sum(1)[was_cut] == 12).all()
     assert 0 < was_cut.double().mean().item() == row["completions/truncated_fraction"] < 1
     cost = evaluated[0]["eval/reward"] - evaluated[1]["eval/reward"]
     assert cost == pytest.approx(0.7 * evaluated[0]["eval/truncated_fraction"]) and 0 < cost < 0.7
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
+    assert len(proxies) == 8 and sum(proxies) / 8 == pytest.approx(evaluated[1]["eval/reward"], abs=1e-5)
+    sample = next(s for s in samples if s["completion"].endswith("</answer>"))
+    (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
+    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
+    assert len(drawn) == 2 and "eval/accuracy" not in row
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(dtype, tmp_path, calls):
+def test_ppo_detail_2_before_the_first_update_every_ratio_is_1_and_the_kl_is_0(tmp_path, monkeypatch):
     """Exactly so, in several microbatches and minibatches: the sampler's own numbers would be off by rounding."""
-    losses, split = calls("clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 100, "eval_rows": 8}
-    row = quick(tmp_path, dtype=dtype, batch_size=8, learning_rate=1e-3, **split)
-    ratios = [ratio for _, _, (_, ratio) in losses]
+    (losses,), split = watch(monkeypatch, ppo, "clipped_policy_loss"), {"minibatches": 2, "microbatch_tokens": 40}
+    row = quick(tmp_path, dtype="bfloat16", learning_rate=1e-3, **split)
+    ratios = [ratio for *_, (_, ratio) in losses]
     rows = torch.tensor([len(ratio) for ratio in ratios]).cumsum(0)
-    first = [ratio for ratio, end in zip(ratios, rows) if end <= 8]  # of the 16 rows each epoch has
-    assert len(first) > 1 and 8 in rows and all((ratio == 1).all() for ratio in first)
+    first = [ratio for ratio, end in zip(ratios, rows) if end <= 4]  # of the 8 rows each epoch has
+    assert len(first) > 1 and 4 in rows and all((ratio == 1).all() for ratio in first)
     assert any((ratio != 1).any() for ratio in ratios[len(first) :])
     assert row["policy/kl_sequence"] == 0 and metrics(tmp_path)[0]["eval/kl"] == 0 != row["eval/kl"]
 
 
 def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers_own_ids(
-    tmp_path, monkeypatch, tokenizer, calls
+    tmp_path, monkeypatch, tokenizer
 ):
     """A tag spelled in letters, which no tokenizer would, padding, a stop token; and a completion that was cut."""
     odd = [[*tokenizer.convert_tokens_to_ids(list("<think>")), 1, 0], [1, 1]]
     group = [Completion(odd[0], [-0.5] * 9, True), Completion(odd[1], [-0.25, -2.0], False)]
     monkeypatch.setattr(ppo.Sampler, "generate", lambda self, prompts, *args, **kwargs: [group] * len(prompts))
     monkeypatch.setattr(ppo, "reward", lambda *args: 1.0)
-    forwards, given = calls("completion_logprobs"), calls("token_rewards")
+    forwards, given = watch(monkeypatch, ppo, "completion_logprobs", "token_rewards")
     row = quick(tmp_path, batch_size=2, missing_eos_penalty=0.5)
     trained = [named["completions"] for _, named, _ in forwards if named.get("completions")]
     assert len(trained) > 2 and all(ids == odd * 2 for ids in trained)
@@ -171,19 +138,11 @@ def test_ppo_detail_2_ppo_detail_4_ppo_detail_6_what_is_trained_are_the_samplers
     assert row["completions/length_mean"] == 5.5 and row["completions/truncated_fraction"] == 0.5
 
 
-def test_ppo_detail_3_the_temperature_divides_logits_in_every_forward(tmp_path, calls):
-    forwards = calls("completion_logprobs")
-    row = quick(tmp_path, temperature=0.6)
-    assert row["policy/sampler_gap"] < 1e-6  # the sampler's and the policy's
-    assert row["policy/kl_sequence"] == 0 == metrics(tmp_path)[0]["eval/kl"]  # the reference's
-    assert {named["temperature"] for _, named, _ in forwards} == {0.6}
-
-
 @pytest.mark.parametrize("is_whitened", [False, True])
-def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not(is_whitened, tmp_path, calls):
+def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not(is_whitened, tmp_path, monkeypatch):
     """In the second step, whose policy has left the reference, so that KL is in the reward."""
     names = ("token_rewards", "gae", "clipped_policy_loss", "clipped_value_loss")
-    rewards, credits, policies, values = map(calls, names)
+    rewards, credits, policies, values = watch(monkeypatch, ppo, *names)
     settings = {"update_epochs": 1, "steps": 2, "beta": 5.0, "learning_rate": 1e-3}
     row = quick(tmp_path, **settings, whiten_rewards=is_whitened)
     ((old, ref, scores, mask, beta), _, plain), ((used, *_), _, (advantages, returns)) = rewards[-1], credits[-1]
@@ -199,78 +158,62 @@ def test_ppo_detail_5_ppo_detail_8_ppo_detail_9_what_is_whitened_and_what_is_not
     torch.testing.assert_close(policies[-1][0][2], whiten(advantages, mask)[order])
 
 
-def test_ppo_detail_7_a_value_does_not_see_its_token(tokenizer):
-    critic = ppo.load_critic(replace(ppo.EMBEDDED, critic="policy"), tokenizer, CPU, False)
-    torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(0))
-    rows = [[30, 31, 32, 33], [30, 31, 99, 33]]
-    with torch.no_grad():
-        values = ppo.completion_values(critic, [0, 1], [[20, 21]] * 2, rows, False)
-        alone = critic.model(input_ids=torch.tensor([[20, 21, *rows[0]]])).last_hidden_state
-    torch.testing.assert_close(values[0, :3], values[1, :3])
-    assert abs(values[0, 3] - values[1, 3]) > 1e-3
-    torch.testing.assert_close(values[0], critic.score(alone)[0, 1:5, 0].detach(), atol=1e-4, rtol=1e-4)
-
-
-def test_ppo_detail_13_the_critic_begins_as_the_normalised_reward_model(scorer, tokenizer):
+def test_ppo_detail_7_ppo_detail_13_a_critic_begins_as_the_normalised_reward_model_or_expects_nothing(
+    scorer, tokenizer, model
+):
+    """Its value before a token behind a whole answer is that answer's score."""
     critic = ppo.load_critic(replace(ppo.EMBEDDED, reward_model=scorer), tokenizer, CPU, False)
     question = {"prompt": [{"role": "user", "content": "12+30=?"}]}
     texts = ["<answer>42</answer>", "<think>12+30: 42</think><answer>42</answer>", "no"]
     expected = RewardModel(scorer, CPU, False, 4096)(question, texts)
     rows = [encode_answered(tokenizer, question["prompt"], text) for text in texts]
-    longer = [[*row[3:], 7] for row in rows]  # before a token behind the whole answer, the critic expects its score
+    longer = [[*row[3:], 7] for row in rows]
     with torch.no_grad():
         found = ppo.completion_values(critic, range(3), [row[:3] for row in rows], longer, False)
-        torch.testing.assert_close(token_scores(critic, *pack_whole(rows, CPU)), expected, atol=1e-5, rtol=1e-4)
     last = torch.stack([values[len(row) - 1] for values, row in zip(found, longer)])
     torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-4)
-    assert abs(critic.config.reward_mean) > 0.01 < abs(critic.config.reward_std - 1) and expected.std() > 0
+    assert expected.std() > 0
+    for changes in ({"critic": "policy", "reward_model": scorer}, {"critic": "reward_model", "reward_model": None}):
+        found = ppo.load_critic(replace(ppo.EMBEDDED, **changes), tokenizer, CPU, False)
+        assert not found.score.weight.any() and not found.score.bias.any()  # the policy with a head of zeros
+        weights = model.model.named_parameters()
+        assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in weights)
 
 
-@pytest.mark.parametrize("critic,has_scorer", [("policy", True), ("reward_model", False)])
-def test_ppo_detail_13_a_critic_made_of_the_policy_expects_nothing(critic, has_scorer, scorer, tokenizer, model):
-    args = replace(ppo.EMBEDDED, critic=critic, reward_model=scorer if has_scorer else None)
-    found = ppo.load_critic(args, tokenizer, CPU, False)
-    assert not found.score.weight.any() and not found.score.bias.any()
-    assert all(torch.equal(weight, found.model.get_parameter(name)) for name, weight in model.model.named_parameters())
-
-
-def test_the_importance_weight_is_on_the_policy_gradient_alone(tmp_path):
-    """Where π_old/μ is about 1, a cap of ½ halves it."""
-    once = {"update_epochs": 1, "batch_size": 2}
-    free, capped = (quick(tmp_path / str(cap), importance_cap=cap, **once) for cap in (0.0, 0.5))
+def test_ppo_detail_3_one_temperature_the_importance_weight_and_a_learning_rate_of_0(tmp_path, monkeypatch):
+    """The temperature divides logits in every forward; where π_old/μ is about 1, a cap of ½ halves the gradient of the
+    policy, and that alone; and without a learning rate the critic is all that changes."""
+    (forwards,) = watch(monkeypatch, ppo, "completion_logprobs")
+    settings = {"temperature": 0.6, "learning_rate": 0.0, "batch_size": 2}
+    for cap in (0.0, 0.5):
+        quick(tmp_path / str(cap), importance_cap=cap, **settings, update_epochs=1, steps=2, eval_every=1)
+    (start, first, free), (*_, capped) = metrics(tmp_path / "0.0"), metrics(tmp_path / "0.5")
+    assert {named["temperature"] for _, named, _ in forwards} == {0.6}
+    assert free["policy/sampler_gap"] < 1e-6 and "eval/accuracy" in start
+    assert start["eval/kl"] == first["eval/kl"] == free["eval/kl"] == free["policy/kl_sequence"] == 0
     assert capped["optim/grad_norm"] == pytest.approx(0.5 * free["optim/grad_norm"], rel=1e-4) != 0
     assert all(capped[name] == free[name] for name in ("optim/critic_grad_norm", "loss/policy"))
-
-
-# ---------------------------------------------------------------------------------------------- learning
-
-
-def test_learning_rate_0_trains_the_critic_alone(tmp_path):
-    quick(tmp_path, learning_rate=0.0, steps=2, eval_every=1)
-    start, first, second = metrics(tmp_path)
-    assert start["eval/kl"] == first["eval/kl"] == second["eval/kl"] == second["policy/kl_sequence"] == 0
-    assert first["value/explained_variance"] == 0 != second["value/explained_variance"]
+    assert first["value/explained_variance"] == 0 != free["value/explained_variance"]
 
 
 def test_demonstrations_of_a_large_weight_are_learnt(tmp_path):
     data = {"ptx_dataset": str(first_rows("demonstrations_train.jsonl", 240)), "ptx_weight": 50.0}
-    quick(tmp_path, **data, learning_rate=1e-3, steps=4, batch_size=8, eval_every=0, kl_target=None)
+    quick(tmp_path, **data, learning_rate=1e-3, steps=4, eval_every=0, kl_target=None, max_completion_tokens=4)
     losses = [row["loss/ptx"] for row in metrics(tmp_path)[1:]]
     assert losses[-1] < 0.3 * losses[0]
     assert [row["policy/next_beta"] for row in metrics(tmp_path)[1:]] == [0.5] * 4  # without a target it stays
 
 
-# ---------------------------------------------------------------------------------------------- leash and picture
-
-
-def test_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_resume(tmp_path):
-    held = {"kl_target": 0.02, "kl_horizon": 40, "learning_rate": 1e-3, "eval_every": 0}
-    quick(tmp_path, **held, steps=4)
-    quick(None, resume=str(tmp_path), **held, steps=6)
+def test_t17_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after_resume(tmp_path):
+    assert AdaptiveKLController(1.0, 6.0, 10_000).update(9.0, 64) == pytest.approx(1.00128)
+    assert AdaptiveKLController(1.0, 6.0, 20).update(0.0, 2560) == pytest.approx(0.8)  # a fifth at most
+    held = {"kl_target": 0.02, "kl_horizon": 20, "learning_rate": 1e-3, "eval_every": 0, "batch_size": 2}
+    quick(tmp_path, **held, steps=2)
+    quick(None, resume=str(tmp_path), **held, steps=4)
     rows = metrics(tmp_path)[1:]
     before, after = ([row[f"policy/{name}"] for row in rows] for name in ("beta", "next_beta"))
     errors = [min(max(row["policy/kl_sequence"] / 0.02 - 1, -0.2), 0.2) for row in rows]
-    assert after == pytest.approx([beta * (1 + error * 8 / 40) for beta, error in zip(before, errors)], rel=1e-9)
+    assert after == pytest.approx([beta * (1 + error * 4 / 20) for beta, error in zip(before, errors)], rel=1e-9)
     assert before == [0.5, *after[:-1]] and after[0] < before[0] and any(a > b for a, b in zip(after, before))
 
 
@@ -284,51 +227,12 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
     assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_proxy_and_gold_stand_side_by_side_and_a_reward_model_needs_no_answers(tmp_path, scorer):
-    row, before = quick(tmp_path, reward_model=scorer), metrics(tmp_path)[0]
-    assert {"eval/reward", "eval/accuracy", "eval/kl"} <= set(before) & set(row)
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    proxies = [sample["reward"] for sample in samples if sample["step"] == 0]  # one sample of each question
-    assert len(proxies) == 4 and sum(proxies) / 4 == pytest.approx(before["eval/reward"], abs=1e-5)
-    sample = next(s for s in samples if s["completion"].endswith("</answer>"))
-    (expected,) = RewardModel(scorer, CPU, False, 4096)({"prompt": sample["prompt"]}, [sample["completion"]])
-    assert sample["reward"] == pytest.approx(expected.item(), abs=1e-4)
-    assert (tmp_path / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
-    asked = {"prompt": [{"role": "user", "content": "2+2=?"}]}
-    data = dict.fromkeys(("dataset", "eval_dataset"), jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"}, asked))
-    row = quick(tmp_path / "run", reward_model=scorer, **data)
-    assert "eval/accuracy" not in row and row["eval/reward"] != 0
-    with pytest.raises(ENDS, match="answer"):
-        quick(tmp_path / "without", **data)
-
-
-# ---------------------------------------------------------------------------------------------- bad input
-
-
-def test_a_missing_reward_model_is_told_with_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ENDS, match="python reward_model.py"):
-        quick(tmp_path / "run", reward_model=ppo.EMBEDDED.reward_model)
-
-
-@pytest.mark.parametrize("critic", ["reward_model", "policy"])
-def test_a_reward_model_whose_weights_are_no_numbers_ends_the_run(critic, tmp_path, scorer):
-    from safetensors.torch import load_file, save_file
-
-    broken = shutil.copytree(scorer, tmp_path / "nan") / "model.safetensors"
-    changed = {name: weight * (math.nan if name == "score.weight" else 1) for name, weight in load_file(broken).items()}
-    save_file(changed, broken, {"format": "pt"})
-    with pytest.raises(SystemExit, match="nan"):
-        quick(tmp_path / "run", reward_model=str(tmp_path / "nan"), critic=critic)
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model").exists()
-
-
-def test_a_reward_model_of_another_tokenizer_scores_but_is_no_critic(tmp_path, scorer):
-    path = shutil.copytree(scorer, tmp_path / "other") / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
-    path.write_text(json.dumps(content))
+def test_a_reward_model_of_another_tokenizer_reads_by_that_but_is_no_critic(tmp_path, scorer):
+    other = shutil.copytree(scorer, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"1": content["model"]["vocab"]["2"], "2": content["model"]["vocab"]["1"]}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    scores = RewardModel(scorer, CPU, False, 64)({"prompt": "1+13=?"}, ["14", "2"])
+    torch.testing.assert_close(RewardModel(str(other), CPU, False, 64)({"prompt": "2+23=?"}, ["24", "1"]), scores)
     with pytest.raises(SystemExit, match="a critic needs the tokenizer of .*--critic policy"):
-        quick(tmp_path / "run", reward_model=str(tmp_path / "other"))
-    assert quick(tmp_path / "run", reward_model=str(tmp_path / "other"), critic="policy")["reward/mean"] != 0
+        quick(tmp_path / "run", reward_model=str(other))

@@ -1,6 +1,7 @@
-"""reward_model.py: its mathematics against known answers and TRL, its numbered details, the judge, and bad input."""
+"""reward_model.py: its mathematics against known answers and TRL, its numbered details, the judge, and bad rows."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from datetime import datetime
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+import test_core
 import torch
 import torch.nn.functional as F
 from conftest import TINY, first_rows, jsonl, metrics, weights
-from safetensors.torch import load_file
-from test_core import quick as quick_run
+from datasets import Dataset
+from test_dpo import turns, unseen, watch
 from transformers import AutoModelForSequenceClassification
 
 import reward_model as rm
@@ -22,7 +24,8 @@ from common import tokenizer as text
 from common.kl import RewardModel
 
 CPU = torch.device("cpu")
-quick = partial(quick_run, "reward_model")
+FEW = str(first_rows("preferences_train.jsonl", 48))
+quick = unseen(partial(test_core.quick, "reward_model", dataset=FEW))
 SEED = 1_000_003  # of the first member's head, at the default --seed 1
 
 
@@ -38,11 +41,6 @@ def texts_of(examples: list[dict]) -> list[list[int]]:
     return [one["ids"] + ids for one in examples for ids in one["completions"]]
 
 
-def packed_scores(model, examples: list[dict]) -> torch.Tensor:
-    with torch.no_grad():
-        return kl.token_scores(model, *text.pack_scored(examples))
-
-
 def logits(model, texts: list[list[int]]) -> torch.Tensor:
     """Scores [B] as transformers gives them, of one text at a time."""
     return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in texts])
@@ -55,20 +53,21 @@ def normalised(folder, texts: list[list[int]]) -> torch.Tensor:
         return (logits(model, texts) - model.config.reward_mean) / model.config.reward_std
 
 
-def test_preference_loss_equals_trl():
+def test_t9_preference_loss_and_that_of_trl():
     """RewardTrainer's own compute_loss, on scores that a stand-in for its model returns."""
     from trl import RewardTrainer
 
+    one, zero = torch.ones(1), torch.zeros(1)
+    for settings, expected in (({}, 0.313262), ({"margin": 1.0}, 0.693147), ({"centering": 0.01}, 0.323262)):
+        assert rm.preference_loss(one, zero, **settings).item() == pytest.approx(expected, abs=1e-6)
     better, worse, margin = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     outputs = SimpleNamespace(logits=torch.cat([better, worse])[:, None])
-    for settings in ({}, {"margin": margin}, {"centering": 0.01}):
-        trainer = MagicMock()
-        trainer.args.center_rewards_coefficient, trainer.model.training = settings.get("centering"), False
-        trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
-        inputs = {"input_ids": torch.zeros(32, 1), "attention_mask": torch.ones(32, 1)}
-        inputs |= {"margin": margin} if "margin" in settings else {}
-        theirs = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
-        torch.testing.assert_close(rm.preference_loss(better, worse, **settings).mean(), theirs)
+    trainer = MagicMock()
+    trainer.args.center_rewards_coefficient, trainer.model.training = 0.01, False
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
+    inputs = {"input_ids": torch.zeros(32, 1), "attention_mask": torch.ones(32, 1), "margin": margin}
+    theirs = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
+    torch.testing.assert_close(rm.preference_loss(better, worse, margin, centering=0.01).mean(), theirs)
 
 
 def test_t10_aggregation_calibration_error_and_normalisation_constants():
@@ -83,182 +82,126 @@ def test_t10_aggregation_calibration_error_and_normalisation_constants():
         assert torch.cat(constants).flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_reward_model_detail_1_scores_equal_transformers_with_padding_on_either_side(side, tokenizer):
-    model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
-    examples = encoded(tokenizer, [pair("1+1=?", "2", "<answer>3</answer>"), pair("47*8=?", "376, I think", "4")])
-    ids, mask, positions = text.pad(texts_of(examples), tokenizer.pad_token_id, side)
-    with torch.no_grad():
-        theirs = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 0]
-    alone = torch.cat([packed_scores(model, [one]) for one in examples])
-    for ours in (packed_scores(model, examples), alone):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
 def test_reward_model_detail_2_a_head_starts_small_runs_in_float32_and_stays_so_in_a_bfloat16_model(
     tmp_path, tokenizer
 ):
-    model = kl.load_scalar_model(str(TINY), CPU, head_seed=5)
-    assert model.score.weight.std().item() == pytest.approx((128 + 1) ** -0.5, rel=0.2)
-    assert model.score.weight.mean().abs() < 0.03 and model.score.weight.dtype == torch.float32
+    head = (model := kl.load_scalar_model(str(TINY), CPU, head_seed=5)).score.weight
+    assert head.std().item() == pytest.approx((128 + 1) ** -0.5, rel=0.2)
+    assert head.mean().abs() < 0.03 and head.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        scores = packed_scores(model, encoded(tokenizer, [pair(), pair("2+2=?", "4", "5")]))
+        scores = kl.token_scores(model, *text.pack_scored(encoded(tokenizer, [pair(), pair("2+2=?", "4", "5")])))
     assert scores.dtype == torch.float32 and (scores != scores.bfloat16().float()).all()
     quick(tmp_path, dtype="bfloat16")
     saved = weights(tmp_path)
     assert saved["score.weight"].dtype == torch.float32 and saved["model.norm.weight"].dtype == torch.bfloat16
 
 
-@pytest.fixture()
-def trained_ids(monkeypatch) -> list[list[int]]:
-    """Fills with the packed ids of every forward that is trained on."""
-    seen, score = [], rm.token_scores
-    note = lambda packed: seen.append(packed.ids[0].tolist()) if torch.is_grad_enabled() else None  # noqa: E731
-    monkeypatch.setattr(rm, "token_scores", lambda *args: [score(*args), note(args[1])][0])
-    return seen
+def trained(scored: list) -> list[list[int]]:
+    """The packed ids of those calls of `token_scores` that are trained on."""
+    return [args[1].ids[0].tolist() for args, _, scores in scored if scores.requires_grad]
 
 
-RANKED = [{"prompt": "12+30=?", "completions": ["42", "<answer>42</answer>", "41", "no idea"]},
-          pair("1+1=?", margin=0.5, chosen_probability=0.8)]  # fmt: skip
-
-
-def test_reward_model_detail_3_a_prompt_and_each_answer_are_forwarded_once(tmp_path, trained_ids, tokenizer):
-    quick(tmp_path, dataset=jsonl(tmp_path / "ranked.jsonl", *RANKED))
-    once = [token for one in encoded(tokenizer, RANKED) for token in one["ids"] + sum(one["completions"], [])]
-    assert [sorted(ids) for ids in trained_ids] == [sorted(once)]
-
-
-def hand_step(loss: torch.Tensor, model) -> tuple[float, float]:
-    """A loss, and the norm of its gradient."""
+def check_step(row: dict, loss: torch.Tensor, model) -> None:
+    """A step had this loss, and the norm of its gradient."""
     loss.backward()
-    return loss.item(), torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert [row["loss/train"], row["optim/grad_norm"]] == pytest.approx([loss.item(), norm.item()], rel=1e-4)
 
 
-def test_reward_model_detail_4_the_loss_is_the_mean_over_the_pairs_of_a_prompt_then_over_prompts(tmp_path, tokenizer):
-    """Whatever the microbatches: here each prompt is one of its own. By transformers' own forward, text by text."""
-    flags = {"dataset": jsonl(tmp_path / "ranked.jsonl", *RANKED), "microbatch_tokens": 10, "centering": 0.1}
-    row = quick(tmp_path / "run", **flags)
-    model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
-    a, b, c, d, right, wrong = logits(model, texts_of(encoded(tokenizer, RANKED)))
+def test_reward_model_detail_1_reward_model_detail_3_reward_model_detail_4_a_step_by_hand(
+    tmp_path, tokenizer, monkeypatch
+):
+    """Each prompt and answer is forwarded once, the loss is the mean over the pairs of a prompt, then over prompts,
+    whatever the microbatches, and scores are those that transformers gives one text at a time."""
+    rows = [{"prompt": "12+30=?", "completions": ["42", "<answer>42</answer>", "41", "no idea"]},
+            pair(margin=0.5, chosen_probability=0.8)]  # fmt: skip
+    flags, (scored,) = {"microbatch_tokens": 10, "centering": 0.1}, watch(monkeypatch, rm, "token_scores")
+    row = quick(tmp_path / "run", dataset=jsonl(tmp_path / "ranked.jsonl", *rows), **flags)
+    examples, model = encoded(tokenizer, rows), kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
+    once = [sorted(one["ids"] + sum(one["completions"], [])) for one in examples]
+    assert sorted(map(sorted, trained(scored))) == sorted(once)
+    a, b, c, d, right, wrong = logits(model, texts_of(examples))
     pairs = [-F.logsigmoid(x - y) + 0.1 * (x + y) ** 2 for x, y in ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d))]
     soft = -0.8 * F.logsigmoid(right - wrong - 0.5) - 0.2 * F.logsigmoid(wrong + 0.5 - right)
-    loss, norm = hand_step((sum(pairs) / 6 + soft + 0.1 * (right + wrong) ** 2) / 2, model)
-    assert row["loss/train"] == pytest.approx(loss, rel=1e-4)
-    assert row["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    check_step(row, (sum(pairs) / 6 + soft + 0.1 * (right + wrong) ** 2) / 2, model)
 
 
-DEMONSTRATIONS = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>"} for i in range(10, 18)]
-
-
-@pytest.mark.parametrize("how", ["shift", "scale"])
-@pytest.mark.parametrize("are_given", [True, False], ids=["demonstrations", "better held-out answers"])
-def test_reward_model_detail_5_any_loader_finds_scores_normalised(how, are_given, tmp_path, tokenizer):
-    held_out = [pair(row["prompt"], row["completion"], "no") for row in DEMONSTRATIONS]
-    flags = {"reference_dataset": jsonl(tmp_path / "references.jsonl", *DEMONSTRATIONS) if are_given else None}
-    flags |= {} if are_given else {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out)}
-    quick(tmp_path / "run", normalisation=how, eval_rows=8, **flags)
-    scores = normalised(tmp_path / "run" / "model", texts_of(encoded(tokenizer, held_out))[::2])
-    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
-    assert (scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)) == (how == "scale")
-    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert abs(config["reward_mean"]) > 1e-3 and (config["reward_std"] == 1) == (how == "shift")
-
-
-def test_reward_model_detail_5_loss_and_calibration_do_not_change_with_normalisation_but_margins_do(tmp_path):
-    rows = {how: quick(tmp_path / how, normalisation=how, eval_rows=16) for how in ("none", "scale")}
-    for name in ("eval/loss", "eval/calibration_error", "eval/accuracy"):
-        assert rows["none"][name] == rows["scale"][name]
-    std = json.loads((tmp_path / "scale" / "model" / "config.json").read_text())["reward_std"]
+def test_reward_model_detail_5_any_loader_finds_scores_normalised_while_loss_and_calibration_are_of_raw_ones(
+    tmp_path, tokenizer
+):
+    """On demonstrations if there are any, else on the better held-out answers."""
+    shown = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>"} for i in range(10, 18)]
+    held_out = [pair(row["prompt"], row["completion"], "no") for row in shown]
+    data = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8}
+    rows, configs = {}, {}
+    for how, references in (("none", None), ("shift", jsonl(tmp_path / "shown.jsonl", *shown)), ("scale", None)):
+        rows[how] = quick(tmp_path / how, normalisation=how, reference_dataset=references, **data)
+        configs[how] = json.loads((tmp_path / how / "model" / "config.json").read_text())
+        scores = normalised(tmp_path / how / "model", texts_of(encoded(tokenizer, held_out))[::2])
+        assert (abs(scores.mean().item()) < 1e-4) == (how != "none")
+        assert (abs(scores.std(correction=0).item() - 1) < 1e-3) == (how == "scale")
+        for name in ("eval/loss", "eval/calibration_error", "eval/accuracy"):
+            assert rows[how][name] == rows["none"][name]
+    std = configs["scale"]["reward_std"]
     assert rows["scale"]["eval/margin"] * std == pytest.approx(rows["none"]["eval/margin"], rel=1e-4)
-    assert abs(std - 1) > 0.1
+    assert abs(configs["shift"]["reward_mean"]) > 1e-3 and configs["shift"]["reward_std"] == 1 != std
 
 
-def test_reward_model_detail_6_members_begin_with_other_heads_and_see_other_batches(tmp_path, trained_ids):
-    quick(tmp_path, ensemble_size=2, learning_rate=0.0)
-    assert len(trained_ids) == 2 and trained_ids[0] != trained_ids[1]
-    for folder, seed in ((tmp_path / "model", SEED), (tmp_path / "model" / "member_1", SEED + 1)):
-        head = kl.load_scalar_model(str(TINY), CPU, head_seed=seed).score.weight
-        assert torch.equal(load_file(folder / "model.safetensors")["score.weight"], head)
-    assert not torch.equal(head, weights(tmp_path)["score.weight"])
-
-
-@pytest.mark.parametrize("how", ["mean", "min", "uwo"])
-def test_reward_model_detail_6_members_are_normalised_then_joined(how, tmp_path, tokenizer):
+def test_reward_model_detail_6_members_differ_in_head_and_order_and_are_normalised_then_joined(
+    tmp_path, tokenizer, monkeypatch
+):
     """In the evaluation, and by RewardModel: as computed by hand from the folders of the members."""
+    loaded, scored = watch(monkeypatch, rm, "load_scalar_model", "token_scores")
     held_out = [pair(f"{i}+1=?", f"<answer>{i + 1}</answer>", "3") for i in range(8)]
     flags = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8, "normalisation": "scale"}
-    row = quick(tmp_path / "run", ensemble_size=2, ensemble_score=how, reference_dataset=None, **flags)
-    folders = [tmp_path / "run" / "model" / name for name in ("", "member_1")]
-    first, second = (load_file(folder / "model.safetensors")["model.norm.weight"] for folder in folders)
-    assert not torch.equal(first, second)
+    row = quick(tmp_path, ensemble_size=2, ensemble_score="uwo", reference_dataset=None, **flags)
+    assert [named["head_seed"] for _, named, _ in loaded] == [SEED, SEED + 1]
+    first, second = trained(scored)
+    assert first != second
+    folders = [tmp_path / "model", tmp_path / "model" / "member_1"]
     members = torch.stack([normalised(folder, texts_of(encoded(tokenizer, held_out))) for folder in folders])
     mean, variance = members.mean(0), (members[0] - members[1]).square() / 4
-    expected = {"mean": mean, "min": members.min(0).values, "uwo": mean - variance / 2}[how]
-    assert variance.max() > 0.1
-    assert row["eval/margin"] == pytest.approx((expected[::2] - expected[1::2]).mean().item(), abs=1e-3)
-    score = RewardModel(str(tmp_path / "run" / "model"), CPU, False, 50, how)
-    found = torch.cat([score(one, [one["chosen"], one["rejected"]]) for one in held_out])
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    expected = {"mean": mean, "min": members.min(0).values, "uwo": mean - variance / 2}
+    margins = expected["uwo"][::2] - expected["uwo"][1::2]
+    assert row["eval/margin"] == pytest.approx(margins.mean().item(), abs=1e-3) and variance.max() > 0.1
+    for how, values in expected.items():
+        score = RewardModel(str(tmp_path / "model"), CPU, False, 50, how)
+        found = torch.cat([score(one, [one["chosen"], one["rejected"]]) for one in held_out])
+        torch.testing.assert_close(found, values, atol=1e-3, rtol=0)
 
 
-def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_first_wrong_one(tmp_path, tokenizer):
+def test_reward_model_detail_7_steps_are_trained_at_their_last_tokens_up_to_the_first_wrong_one(tmp_path, model):
+    """By a tokenizer that knows `2,` as one token, with which a step's last token must not merge with its separator;
+    and a solution's score is the product of its steps'."""
     assert [rm.supervised_steps(labels) for labels in ([True, False, True, False], [True, True], [False])] == [2, 2, 1]
+    tokenizer = text.load_tokenizer(str(TINY))
+    tokenizer.add_tokens(["2,"])
+    for part in (model, tokenizer):
+        part.save_pretrained(start := str(tmp_path / "start"))
     solutions = [{"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=4", "4=4"], "labels": [True, False, True]},
                  {"prompt": "2+2=?", "completions": ["2+2=4"], "labels": [1]}]  # fmt: skip
     path = jsonl(tmp_path / "steps.jsonl", *solutions)
     flags = {"kind": "process", "dataset": path, "eval_dataset": path, "microbatch_tokens": 10}
-    row = quick(tmp_path / "run", **flags)
-    read = [("1+1+1=?", "1+1=2,"), ("1+1+1=?", "1+1=2,2+1=4,"), ("2+2=?", "2+2=4,")]  # up to each supervised step
-    ids = [tokenizer(f"<|user|>{asked}<|end|><|assistant|>{said}").input_ids for asked, said in read]
-    right, wrong, other = logits(model := kl.load_scalar_model(str(TINY), CPU, head_seed=SEED), ids)
-    loss, norm = hand_step(-(F.logsigmoid(right) + F.logsigmoid(-wrong) + F.logsigmoid(other)) / 3, model)
-    assert row["loss/train"] == pytest.approx(loss, rel=1e-4)
-    assert row["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert metrics(tmp_path / "run")[0]["eval/loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_a_process_model_scores_a_solution_by_the_product_of_its_steps(tmp_path, tokenizer):
-    model = kl.load_scalar_model(str(TINY), CPU, head_seed=SEED)
-    model.config.reward_kind, model.config.reward_separator = "process", ","
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    said = ["1+1=2,2+1=3</think><answer>3</answer>", "<answer>3</answer>"]  # the second has no step
-    scores = RewardModel(str(tmp_path), CPU, False, 64)({"prompt": "1+1+1=?"}, said)
-    steps = ["1+1=2,", "1+1=2,2+1=3,"]
-    ids = [tokenizer(f"<|user|>1+1+1=?<|end|><|assistant|>{step}").input_ids for step in steps]
-    expected = logits(model, ids).detach().sigmoid().prod()
-    assert scores[0].sigmoid() == pytest.approx(float(expected), rel=1e-3) and scores[1].sigmoid() < 1e-5
-
-
-def test_reward_model_detail_7_separators_do_not_merge_with_steps():
-    """A tokenizer that knows `2,` as one token: rendered as one text, a step's last token would take its separator."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate([*"0123456789+=,?", "<e>", "2,"])}
-    inner = Tokenizer(models.BPE(vocabulary, [("2", ",")], unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split("\0", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>")
-    assert tokenizer.encode("1+1=2,", add_special_tokens=False)[-1] == vocabulary["2,"]
-    row = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True, True]}
-    solution = text.encode_solution(tokenizer, row, 64, 64, ",")
-    ((ids,), (ends,)) = solution["completions"], solution["ends"]
-    assert ends == [6, 12] and vocabulary["2,"] not in ids
-    assert [ids[end - 1] for end in ends] == [vocabulary[","]] * 2
+    row = quick(tmp_path / "run", model=start, **flags)
+    first, second = (f"<|user|>{asked}<|end|><|assistant|>" for asked in ("1+1+1=?", "2+2=?"))
+    read = [(first, "1+1=2", ","), (first, "1+1=2", ",", "2+1=4", ","), (second, "2+2=4", ",")]  # to each target
+    ids = [sum((tokenizer(part).input_ids for part in parts), []) for parts in read]
+    right, wrong, other = logits(model := kl.load_scalar_model(start, CPU, head_seed=SEED), ids)
+    loss = -(F.logsigmoid(right) + F.logsigmoid(-wrong) + F.logsigmoid(other)) / 3
+    check_step(row, loss, model)
+    assert metrics(tmp_path / "run")[0]["eval/loss"] == pytest.approx(loss.item(), rel=1e-4)
+    said = ["1+1=2,2+1=4</think><answer>3</answer>", "<answer>3</answer>"]  # the second has no step
+    scores = RewardModel(str(tmp_path / "run" / "model"), CPU, False, 64)({"prompt": "1+1+1=?"}, said).sigmoid()
+    expected = normalised(tmp_path / "run" / "model", ids[:2]).sigmoid().prod()
+    assert scores[0].item() == pytest.approx(expected.item(), rel=1e-3) and scores[1] < 1e-5
 
 
 @pytest.mark.parametrize("is_one_token", [True, False])
-def test_reward_model_detail_8_the_options_are_compared_as_they_follow_the_words(is_one_token, tmp_path, model):
+def test_reward_model_detail_8_the_options_are_compared_as_they_follow_the_words(is_one_token, model):
     """Where ` A` is one token, that is the option; for the embedded tokenizer the space belongs to what was asked."""
-    shutil.copytree(TINY, tmp_path / "judge")
-    if is_one_token:
-        path = tmp_path / "judge" / "tokenizer.json"
-        content = json.loads(path.read_text())
-        content["pre_tokenizer"]["pattern"] = {"Regex": " [AB]|[\\s\\S]"}
-        content["model"]["vocab"] |= {" A": 109, " B": 110}
-        path.write_text(json.dumps(content))
-    tokenizer, said = text.load_tokenizer(str(tmp_path / "judge")), "The better answer is Answer"
-    options = [109, 110] if is_one_token else tokenizer.convert_tokens_to_ids(["A", "B"])
+    tokenizer, said = text.load_tokenizer(str(TINY)), "The better answer is:"
+    tokenizer.add_tokens([" A", " B"] * is_one_token)
+    options = tokenizer.convert_tokens_to_ids([" A", " B"] if is_one_token else ["A", "B"])
     asked = [f"<|user|>1+1=?<|end|><|assistant|>{said}", f"<|user|>{'1' * 600}<|end|>{said}", f"<|user|>A or B? {said}"]
     found = kl.option_probabilities(model, tokenizer, asked, [" A", " B"], 512, 100, False)
     assert found[1].isnan().all()  # beyond the context
@@ -269,53 +212,33 @@ def test_reward_model_detail_8_the_options_are_compared_as_they_follow_the_words
         torch.testing.assert_close(found[i], expected, atol=1e-5, rtol=0)
 
 
-SUMS = [pair(f"{a}+1=?", str(a + 1), str(a + 2)) for a in range(12)]
-
-
-def label(rows: list[dict], readings: list[float], tmp_path, monkeypatch, tokenizer, **flags):
-    """What `label_pairs` writes of rows in a Parquet file when a judge gives these readings, and what it has asked."""
-    from datasets import Dataset
-
-    asked = []
-
-    def read(model, tokenizer, prompts, options, *limits):
-        asked.extend(prompts)
-        assert options == [" A", " B"]
-        return torch.tensor(readings)[:, None]
-
-    monkeypatch.setattr(rm, "option_probabilities", read)
-    Dataset.from_list(rows).to_parquet(path := str(tmp_path / "rows.parquet"))
-    args = replace(rm.EMBEDDED, judge=str(TINY), dataset=path, **flags)
-    rm.label_pairs(tmp_path / "labelled.jsonl", args, tokenizer, 128, CPU, False, 0, 1)
-    return [json.loads(line) for line in (tmp_path / "labelled.jsonl").read_text().splitlines()], asked
-
-
-def test_reward_model_detail_8_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch, tokenizer, capsys):
-    principles = tmp_path / "principles.txt"
-    principles.write_text("Be right.\n\nBe short.\n")
-    rows, readings = SUMS[:4], [0.9, 0.4, 0.8, 0.7, float("nan"), 0.5, 0.7, 0.5]
-    labelled, asked = label(rows, readings, tmp_path, monkeypatch, tokenizer, principles=str(principles))
-    assert "Answer A: 1\n\nAnswer B: 2" in asked[0] and "Answer A: 2\n\nAnswer B: 1" in asked[1]
+def test_reward_model_detail_8_a_judge_is_asked_in_both_orders_and_labels_turn_with_their_margin(
+    tmp_path, monkeypatch, tokenizer, capsys
+):
+    rows = [pair(margin=1.5, asked=datetime(2026, 1, 2)), pair("2+2=?", "4", "5"), pair("a"), pair("b", margin=2.0)]
+    readings, asked = torch.tensor([0.1, 0.8, 0.9, 0.2, math.nan, 0.5, 0.8, 0.7])[:, None], []
+    monkeypatch.setattr(rm, "option_probabilities", lambda *args: asked.extend(args[2]) or readings)
+    Dataset.from_list(rows).to_parquet(data := str(tmp_path / "rows.parquet"))
+    (tmp_path / "principles.txt").write_text("Be right.\n\nBe short.\n")
+    flags = {"judge": str(TINY), "dataset": data, "principles": str(tmp_path / "principles.txt")}
+    rm.label_pairs(tmp_path / "labelled.jsonl", replace(rm.EMBEDDED, **flags), tokenizer, 128, CPU, False, 0, 1)
+    assert "Answer A: 2\n\nAnswer B: 3" in asked[0] and "Answer A: 3\n\nAnswer B: 2" in asked[1]
     assert all(question.endswith("<|assistant|>The better answer is Answer") for question in asked)
     assert [("Be right." in question, "Be short." in question) for question in asked[1:4]] == [
         (True, False), (False, True), (False, True)]  # fmt: skip
-    assert [row["chosen_probability"] for row in labelled] == pytest.approx([0.75, 0.55, 0.6])  # a NaN drops the row
+    labelled = [json.loads(line) for line in (tmp_path / "labelled.jsonl").read_text().splitlines()]
+    assert [(row["chosen"][0]["content"], row["margin"]) for row in labelled] == [("3", -1.5), ("4", 0), ("2", 2)]
+    assert [row["chosen_probability"] for row in labelled] == pytest.approx([0.85, 0.85, 0.55])  # a NaN drops the row
     told = capsys.readouterr().out
     assert "labelled 3 of 4 rows" in told and "flips with the order of the answers in 33%" in told
-
-
-def test_labels_turn_with_their_margin_where_the_judge_or_a_probability_overrules(tmp_path, monkeypatch, tokenizer):
-    rows = [pair(margin=1.5, asked=datetime(2026, 1, 2)), pair("2+2=?", "4", "5"), pair("3+3=?", "6", "7", margin=2.0)]
-    labelled, _ = label(rows, [0.1, 0.8, 0.9, 0.2, 0.9, 0.2], tmp_path, monkeypatch, tokenizer)
-    assert [(row["chosen"][0]["content"], row["margin"]) for row in labelled] == [("3", -1.5), ("4", 0), ("6", 2)]
     assert labelled[0]["asked"].startswith("2026-01-02")
-    assert [row["chosen_probability"] for row in labelled] == pytest.approx([0.85] * 3)
-    plain = encoded(tokenizer, [pair(chosen="3", rejected="2")])[0]["completions"]
+    (plain,) = encoded(tokenizer, [pair(chosen="3", rejected="2")])  # a probability overrules what it stands beside
     for read in encoded(tokenizer, [labelled[0], pair(margin=1.5, chosen_probability=0.15)]):
-        assert read["completions"] == plain and read["margin"] == -1.5
+        assert read["completions"] == plain["completions"] and read["margin"] == -1.5
         assert read["probability"] == pytest.approx(0.85)
 
 
+SUMS = [pair(f"{a}+1=?", str(a + 1), str(a + 2)) for a in range(12)]
 ASKED = [{"prompt": f"{a}+{a}=?"} for a in range(10, 22)]
 
 
@@ -337,53 +260,35 @@ def test_a_judge_labels_pairs_and_samples_once_as_a_run_on_them_reads_them(rows,
 SOLUTION = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3"], "labels": [True, True]}
 
 
-@pytest.mark.parametrize("kind,good,bad", [  # test_dpo.py has those that cannot be pairs
-    ("outcome", pair(), [('{"prompt": "1', "Unterminated string"),
-                         (pair(chosen_probability=3), "chosen_probability must lie between 0 and 1"),
-                         (pair(chosen="2" * 200), "an answer of more than 128 tokens"),
-                         (pair(margin="abc"), "could not convert string to float: 'abc'"),
-                         ({"prompt": "a", "completions": ["b"]}, "completions must be a list of at least 2")]),
-    ("process", SOLUTION, [({**SOLUTION, "labels": [1, -1]}, "labels true or false"),
-                           ({**SOLUTION, "labels": [True]}, "lists of the same length"),
-                           ({**SOLUTION, "completions": ["1" * 200, "2"]}, "over 128 and 128 tokens"),
-                           ({**SOLUTION, "prompt": None}, "needs the columns prompt or question")]),
+@pytest.mark.parametrize("row,sentence", [
+    (pair(chosen_probability=3), "chosen_probability must lie between 0 and 1"),
+    (pair(chosen="2" * 200), "an answer of more than 128 tokens .--max-completion-tokens"),
+    (pair("q" * 200), "a prompt of more than 128 tokens .--max-prompt-tokens"),
+    (pair(margin="abc"), "could not convert string to float: 'abc'"),
+    (pair(chosen="3"), "two answers are equal"),
+    (pair(chosen=" "), "an empty turn of the assistant"),
+    (pair(chosen=turns("a", "x"), rejected=turns("b", "y")), "the answers' prompts differ"),
+    (pair(chosen=turns("a", "b", "x"), rejected=turns("a", "b", "y")), "an answer that is not the assistant's"),
+    ({"prompt": "a", "completions": ["b"]}, "completions must be a list of at least 2"),
+    ({**SOLUTION, "labels": [1, -1]}, "labels true or false"),
+    ({**SOLUTION, "labels": [True]}, "lists of the same length"),
+    ({**SOLUTION, "completions": ["1" * 200, "2"]}, "over 128 and 128 tokens"),
+    ({**SOLUTION, "prompt": None}, "needs the columns prompt or question"),
 ])  # fmt: skip
-def test_rows_that_cannot_be_read_are_dropped_and_counted_while_the_run_goes_on(kind, good, bad, tmp_path, capsys):
-    data = jsonl(tmp_path / "data.jsonl", good, *(row for row, _ in bad), good)
-    row = quick(tmp_path / "run", kind=kind, dataset=data, eval_dataset=jsonl(tmp_path / "eval.jsonl", good, good))
-    assert row["step"] == 1 and row["loss/train"] > 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
-    assert len(told) == len(bad)
-    for _, reason in bad:
-        (line,) = (line for line in told if reason in line)
-        assert f"1 of {len(bad) + 2} rows dropped: " in line
+def test_dpo_detail_1_rows_that_cannot_be_read_are_dropped(row, sentence, tokenizer):
+    """Whatever is raised for a row: test_data.py has how it is counted while the run goes on."""
+    how = {"separator": ","} if "labels" in row else {"least": 2, "whole": True}
+    encode = text.encode_solution if "labels" in row else text.encode_comparison
+    with pytest.raises(ValueError, match=sentence):
+        encode(tokenizer, text.read_row(dict(row)), 128, 128, **how)
 
 
 def test_a_reward_model_can_be_trained_on(tmp_path):
     before = quick(tmp_path / "a", eval_rows=8)
     quick(tmp_path / "b", eval_rows=8, model=str(tmp_path / "a" / "model"))
-    after = metrics(tmp_path / "b")[0]
+    after, untrained = metrics(tmp_path / "b")[0], metrics(tmp_path / "a")[0]
     for name in ("eval/loss", "eval/margin"):
-        assert before[name] == pytest.approx(after[name], abs=1e-6)
-    assert metrics(tmp_path / "a")[0]["eval/loss"] != pytest.approx(before["eval/loss"], abs=1e-4)
-
-
-def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, tokenizer):
-    """The same model with the ids of two digits exchanged, in tokenizer and embeddings: texts score the same."""
-    model, swap = kl.load_scalar_model(str(TINY), CPU, head_seed=1), tokenizer.convert_tokens_to_ids(["1", "2"])
-    for name in ("a", "b"):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        model.get_input_embeddings().weight.data[swap] = model.get_input_embeddings().weight.data[swap[::-1]]
-    path = tmp_path / "b" / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["model"]["vocab"] |= dict(zip("12", swap[::-1]))
-    path.write_text(json.dumps(content))
-    models = [RewardModel(str(tmp_path / name), CPU, False, 64) for name in "ab"]
-    assert models[1].tokenizer.convert_tokens_to_ids(["1", "2"]) == swap[::-1]
-    scores = [torch.cat([score({"prompt": f"{i}+11=?"}, [f"{i + 11}"]) for i in range(8)]) for score in models]
-    torch.testing.assert_close(*scores)
-    assert scores[0].std() > 0.01
+        assert before[name] == pytest.approx(after[name], abs=1e-6) != untrained[name]
 
 
 @pytest.mark.parametrize("pad,named", [("<|end|>", None), ("<|pad|>", 1)])
@@ -401,34 +306,9 @@ def test_a_pad_token_that_ends_conversations_is_not_named_in_the_config(pad, nam
     torch.testing.assert_close(normalised(folder, ids), score(SUMS[0], ["1", "2"]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes,sentence", [
-    ({"principles": "none.txt"}, "add --judge"),
-    ({"judge": str(TINY), "principles": "none.txt"}, "none.txt"),
-    ({"judge": "no/such-model"}, "--judge no/such-model"),
-    ({"model": "no/such-model"}, "--model no/such-model"),
-    ({"reference_dataset": "none.jsonl"}, "none.jsonl: no such file"),
-    ({"max_completion_tokens": 600}, "--max-completion-tokens fills the model's whole context"),
-    ({"max_prompt_tokens": 3}, "--max-prompt-tokens"),
-    ({"kind": "process"}, "needs the columns completions; found answer, chosen"),
-    ({"dataset": str(TINY / "corpus.jsonl")}, "needs the columns completions or chosen and rejected"),
-    ({"dataset": str(first_rows("preferences_train.jsonl", 1)), "eval_dataset": None}, "too few to hold any out"),
-])  # fmt: skip
-def test_bad_settings_are_told_in_a_sentence(changes, sentence, tmp_path):
-    with pytest.raises((SystemExit, AssertionError)) as ended:
-        quick(tmp_path / "run", **changes)
-    assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()
-
-
 def test_a_process_model_finds_the_first_wrong_step(tmp_path):
-    data = {"dataset": f"{TINY}/steps_train.jsonl", "eval_dataset": f"{TINY}/steps_test.jsonl"}
-    after = quick(tmp_path, kind="process", **data, steps=38, batch_size=32, eval_rows=96)
+    data = {"dataset": str(first_rows("steps_train.jsonl", 640)), "eval_dataset": f"{TINY}/steps_test.jsonl"}
+    after = quick(tmp_path, kind="process", **data, steps=40, batch_size=16, warmup_steps=5, eval_rows=96)
     before = metrics(tmp_path)[0]
     assert after["eval/first_error_accuracy"] >= before["eval/first_error_accuracy"] + 0.25
     assert before["eval/accuracy"] < 0.65 and after["eval/accuracy"] >= 0.75
-
-
-def test_embedded_steps_are_labelled_by_arithmetic_up_to_the_first_wrong_one():
-    for row in map(json.loads, (TINY / "steps_test.jsonl").read_text().splitlines()):
-        sums = [step.removeprefix("<think>").split("=") for step in row["completions"]]
-        right = [eval(left) == int(said) for left, said in sums]
-        assert row["labels"] == [all(right[: i + 1]) for i in range(len(right))]
