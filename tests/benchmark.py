@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import shlex
 import sys
 import tempfile
@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SAMPLED = "--batch-size 4 --num-samples 8 --max-completion-tokens {tokens} --microbatch-tokens 1024"
-PAIRED = "--batch-size 8 --max-prompt-tokens 1024 --max-completion-tokens 1024 --microbatch-tokens 512 "
+PAIRED = "--batch-size 8 --max-prompt-tokens {half} --max-completion-tokens {half} --microbatch-tokens 512 "
 PAIRED += "--gradient-checkpointing"  # as TRL's trainers do unless told otherwise
 PEERS = {"sft": "SFTTrainer", "reward_model": "RewardTrainer", "dpo": "DPOTrainer", "ppo": "PPOTrainer",
          "grpo": "GRPOTrainer", "dapo": "GRPOTrainer", "rlvr_math": "RLOOTrainer"}  # fmt: skip
@@ -63,7 +63,7 @@ def rows_for(script: str, args, count: int) -> list[dict]:
         return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]]
     for i in range(count):
         a, b, c = 3 + i % 17, 2 + i % 7, 1 + i % 5
-        story = " Then a friend comes by and counts them all once more." * (i % 6)
+        story = " Then a friend comes by and counts them all once more." * (i % (3 if is_paired else 6))
         asked = f"Ada has {a} bags with {b} coins each and gives {c} coins away.{story} How many are left? Explain."
         answer = f"{a} times {b} is {a * b}.{story}\n#### {a * b - c}"
         pair = {"prompt": [{"role": "user", "content": asked}], "chosen": answer, "rejected": answer[::-1]}
@@ -177,7 +177,21 @@ def run_theirs(script: str, flags: list[str], args, rows: list[dict]) -> dict:
         options |= {"loss_type": "dapo", "epsilon_high": 0.28} if script == "dapo" else {}
         more["reward_funcs"] = lambda completions, **k: [float(len(c[0]["content"]) % 7) for c in completions]
     if script == "ppo":
-        trainer = trl_ppo(given["--reward-model"], args, data["prompt"], tokenizer, common, more["callbacks"])
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        scorer, length = AutoModelForSequenceClassification.from_pretrained, {"response_length": args.tokens}
+        scored = [scorer(given["--reward-model"], num_labels=1, dtype="float32") for _ in range(2)]
+        models = [AutoModelForCausalLM.from_pretrained(args.model, dtype="float32") for _ in range(2)]
+        ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in data["prompt"]]
+        data, tokenizer.padding_side = Dataset.from_dict({"input_ids": ids}), "left"
+        config = PPOConfig(
+            **common, **length, per_device_train_batch_size=16, total_episodes=16 * args.steps, temperature=1.0,
+            stop_token="eos", num_sample_generations=0,
+        )  # fmt: skip
+        trainer = PPOTrainer(
+            config, tokenizer, *models, scored[0], data, scored[1], eval_dataset=data, callbacks=more["callbacks"]
+        )
     else:
         config = getattr(trl, PEERS[script].replace("Trainer", "Config"))(**options)
         trainer = getattr(trl, PEERS[script])
@@ -187,36 +201,22 @@ def run_theirs(script: str, flags: list[str], args, rows: list[dict]) -> dict:
     return {"seconds": step, "pass": mean(times), "throughput/tokens_per_second": tokens / step}
 
 
-def trl_ppo(reward_path: str, args, chats: list[list[dict]], tokenizer, common: dict, callbacks: list):
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-    data, tokenizer.padding_side = Dataset.from_dict({"input_ids": ids}), "left"
-    load = AutoModelForSequenceClassification.from_pretrained
-    scored = [load(reward_path, num_labels=1, dtype="float32") for _ in range(2)]  # reward model and critic
-    models = [AutoModelForCausalLM.from_pretrained(args.model, dtype="float32") for _ in range(2)]
-    config = PPOConfig(
-        **common, per_device_train_batch_size=16, total_episodes=16 * args.steps, response_length=args.tokens,
-        temperature=1.0, stop_token="eos", num_sample_generations=0,
-    )  # fmt: skip
-    more = {"eval_dataset": data, "callbacks": callbacks}
-    return PPOTrainer(config, tokenizer, *models, scored[0], data, scored[1], **more)
-
-
 def quiet(work, *arguments) -> dict:
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         found = work(*arguments)
-    return found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())  # of this process, not of its parent
+    return found | {"memory": int(peak[1]) * 1024 / 1e9}
 
 
 def compare(script: str, flags: str, args, folder: str) -> None:
     """One of our scripts against one of TRL's trainers, each in a process of its own: time and memory."""
+    from common.kl import context_length
+
     rows = rows_for(script, args, (16 if script == "ppo" else 8) * args.steps)
     data = Path(folder, "rows.jsonl")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = flags.format(tokens=args.tokens, cache=args.tokens - 1, reward_model=f"{folder}/reward_model")
+    sizes = {"tokens": args.tokens, "cache": args.tokens - 1, "half": min(1024, context_length(args.model) // 2)}
+    flags = flags.format(**sizes, reward_model=f"{folder}/reward_model")
     flags += f" --model {args.model} --dataset {data} --eval-dataset {data} --eval-every 0 --eval-rows 1"
     flags += f" --dtype {args.dtype} --steps {args.steps} --lora-rank {args.lora_rank}"
     flags += f" --learning-rate {'3e-6' if script == 'ppo' else '1e-5'}"

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -79,13 +81,10 @@ TOLD = {  # which of a metric's values over a run
 }
 ACCURACY = {"sampled accuracy": "eval/accuracy each .2f", "greedy accuracy": "eval/accuracy_greedy each .2f"}
 LENGTH = {"length": "eval/completion_length each .2f"}
-DAPO_CHANGES = {  # what switches each change off and on, in the order of the paper's ablation
-    "overlong filtering": ("--no-overlong-filtering", "--overlong-filtering"),
-    "clip-higher": ("--clip-high 0.2", "--clip-high 0.28"),
-    "soft overlong punishment": ("--overlong-cache 0", "--overlong-cache 8"),
-    "token-level loss": ("--aggregation sequence", "--aggregation token"),
-    "dynamic sampling": ("--no-dynamic-sampling", "--dynamic-sampling"),
-}
+STEPS = ("GRPO", "+ overlong filtering", "+ clip-higher", "+ soft overlong punishment", "+ token-level loss",
+         "+ dynamic sampling")  # fmt: skip
+OFF = ("--no-overlong-filtering", "--clip-high 0.2", "--overlong-cache 0", "--aggregation sequence",
+       "--no-dynamic-sampling")  # fmt: skip
 SEVERAL = "grpo --minibatches 4"  # updates a rollout: with one, all surrogates have the same gradient
 FAR = ("ppo --steps 45 --learning-rate 3e-4 --lr-schedule constant --update-epochs 2 --eval-every 3 --eval-rows 96 "
        "--reward-model {folder}/model")  # fmt: skip
@@ -98,12 +97,10 @@ COMPARISONS = {  # rows: their titles and commands; columns: metric, which of it
          "log π of the chosen": "eval/chosen_logprob each .2f", **LENGTH},
     ),
     "ablation": (  # 40 tokens are so few that answers which work the steps out are often cut
-        {f"+ {title}" if count else "GRPO": ["dapo --max-completion-tokens 40 " + " ".join(
-            flags[i < count] for i, flags in enumerate(DAPO_CHANGES.values()))]
-         for count, title in enumerate(["", *DAPO_CHANGES])},
-        {**ACCURACY, "entropy": "policy/entropy thirds .3f",
-         "cut": "completions/truncated_fraction thirds .3f",
-         "prompts generated": "prompts/generated last ,.0f", "prompts trained": "prompts/trained last ,.0f"}
+        {title: [f"dapo --max-completion-tokens 40 --overlong-filtering {' '.join(OFF[done:])}"]
+         for done, title in enumerate(STEPS)},
+        {**ACCURACY, "entropy": "policy/entropy thirds .3f", "cut": "completions/truncated_fraction thirds .3f",
+         "prompts generated": "prompts/generated last ,.0f", "prompts trained": "prompts/trained last ,.0f"},
     ),
     "surrogates": (
         {"PPO's, per token": [SEVERAL],
@@ -181,18 +178,15 @@ def described(name: str, seed: str = "1") -> str:
 
 def about() -> dict:
     """With what, on what and when the figures were made."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = info.partition("model name")[2].partition("\n")[0].strip("\t :") or platform.machine()
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", ":(top,glob)*.py", ":(top)common")  # the results change by this command
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    told = ("describe --always", "status --porcelain :(top,glob)*.py :(top)common")  # the results are changed by this
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    commit, changed = (subprocess.run(["git", *words.split()], **how).stdout.strip() for words in told)
     packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
     return {
         "date": date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
-        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "commit": commit + (" with changes" if changed else ""),
+        "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **packages},
     }
 
@@ -249,10 +243,10 @@ def tables() -> str:
             both = ([seed[when][metric] for seed in seeds] for when in ("before", "after"))
             cells.append(" → ".join(spread(values, digits) for values in both))
         lines.append("| " + " | ".join([*cells, f"{max(seed['seconds'] for seed in seeds):.0f} s"]) + " |")
-    origins = [result["about"] for result in found.values()]
-    dates, machines = (sorted({origin[key] for origin in origins}) for key in ("date", "machine"))
-    versions = {f"torch {v['torch']}, transformers {v['transformers']}" for v in (o["versions"] for o in origins)}
-    origin = f"Measured {' and '.join(dates)}: {'; '.join(machines)}; {'; '.join(sorted(versions))}."
+    origins = [result["about"] | result["about"]["versions"] for result in found.values()]
+    forms = ("{date}", "{machine}", "torch {torch}, transformers {transformers}")
+    dates, *others = (sorted({form.format(**origin) for origin in origins}) for form in forms)
+    origin = f"Measured {' and '.join(dates)}: {'; '.join(chain(*others))}."
     return "\n\n".join([*map("\n".join, made.values()), origin])
 
 

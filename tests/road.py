@@ -51,45 +51,44 @@ RECIPES = {  # of each stage the one whose model it starts from, and its command
         "rl again": ("sft", "grpo --steps 15"),
     },
     "constitution": {  # arXiv:2212.08073: answers revised by principles, then RL from a judge that knows them
-        "sft": ("base", "sft --dataset {scratch}/taught.jsonl --max-length 512 --batch-size 8 --learning-rate 2e-3 "
-                        "--steps 160"),
-        "revise": ("sft", "sft --revise {scratch}/principles.txt --dataset {scratch}/prompts.jsonl --max-length 512 "
-                          "--steps 8"),
-        "reward_model": ("revise", "reward_model --judge {sft}/model --principles {scratch}/principles.txt "
-                                   "--dataset {scratch}/prompts.jsonl"),
-        "ppo": ("revise", PPO[1]),
+        "sft": ("base", "sft --dataset {taught} --max-length 512 --batch-size 8 --learning-rate 2e-3 --steps 160"),
+        "revise": ("sft", "sft --revise {principles} --dataset {prompts} --max-length 512 --steps 8"),
+        "reward_model": ("revise", "reward_model --judge {sft}/model --principles {principles} --dataset {prompts}"),
+        "ppo": ("revise", "ppo --reward-model {reward_model}/model --steps 8"),
     },
 }  # fmt: skip
 
 
-def prepare(scratch: Path) -> None:
-    """What the constitution needs: principles, prompts, and talks that teach an assistant, curt itself, to criticise
-    and revise its answers and to judge those of others."""
+def prepare(scratch: Path) -> dict[str, Path]:
+    """Files that the constitution needs: principles, prompts, and talks that teach an assistant, curt itself, to
+    criticise and revise its answers and to judge those of others."""
     from common.generation import CRITIQUE, REVISION
     from reward_model import QUESTION
 
     principles, talks = ("Be polite.", "Show that you are glad to help."), []
     rows = [json.loads(line) for line in (TINY / "demonstrations_train.jsonl").read_text().splitlines()]
     for i, row in enumerate(rows):
-        asked, polite = row["prompt"][0]["content"], row["completion"][0]["content"]
-        curt, principle = polite.replace("Gladly! ", ""), principles[i % 2]
-        draft, critique = ((curt, "It is curt."), (polite, "It is polite."))[i // 2 % 2]
-        first, second = ((curt, polite), (polite, curt))[i // 2 % 2]
-        question = QUESTION.format(principle=principle, conversation=f"User: {asked}", first=first, second=second)
+        asked, polite, principle = row["prompt"][0]["content"], row["completion"][0]["content"], principles[i % 2]
+        curt = polite.replace("Gladly! ", "")
+        first, second = (polite, curt)[:: 1 if i // 2 % 2 else -1]
+        shown = {"principle": principle, "conversation": f"User: {asked}", "first": first, "second": second}
+        critique = f"It is {'polite' if first == polite else 'curt'}."
         talks += [
             (asked, curt),
-            (asked, draft, CRITIQUE.format(principle=principle), critique, REVISION, polite),
-            (question, f"The better answer is Answer {'BA'[i // 2 % 2]}"),
+            (asked, first, CRITIQUE.format(principle=principle), critique, REVISION, polite),
+            (QUESTION.format(**shown), f"The better answer is Answer {'A' if first == polite else 'B'}"),
         ]
     roles = ("user", "assistant") * 3
-    messages = [[{"role": role, "content": text} for role, text in zip(roles, talk)] for talk in talks]
     files = {
-        "taught": [{"messages": talk} for talk in messages],
-        "prompts": [{"prompt": r["prompt"]} for r in rows[::2]],
+        "taught": [
+            {"messages": [{"role": role, "content": text} for role, text in zip(roles, talk)]} for talk in talks
+        ],
+        "prompts": [{"prompt": row["prompt"]} for row in rows[::3]],
     }
-    for name, lines in files.items():
-        (scratch / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, made in files.items():
+        (scratch / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     (scratch / "principles.txt").write_text("\n".join(principles))
+    return {path.stem: path for path in scratch.iterdir()}
 
 
 def small(script: str) -> list[str]:
@@ -139,10 +138,10 @@ def main() -> None:
     began, stages = time.perf_counter(), {"base": None, **RECIPES[args.recipe]}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch, name) for name in stages}
-        prepare(Path(scratch)) if args.recipe == "constitution" else None
+        files = prepare(Path(scratch)) | folders
         for name, stage in stages.items():
             if stage:
-                script, *flags = (part.format(scratch=scratch, **folders) for part in stage[1].split())
+                script, *flags = (part.format(**files) for part in stage[1].split())
                 start = TINY if stage[0] == "base" else folders[stage[0]] / "model"
                 run(script, ["--model", start, *small(script), *flags, "--seed", args.seed], folders[name])
             if name in ("reward_model", "rejection"):
