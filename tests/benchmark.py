@@ -140,17 +140,13 @@ def run_theirs(script: str, flags: list[str], args, rows: list[dict]) -> dict:
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
 
-    times, tokenizer, given = [], AutoTokenizer.from_pretrained(args.model), dict(zip(flags, flags[1:]))
+    stamps, tokenizer, given = [], AutoTokenizer.from_pretrained(args.model), dict(zip(flags, flags[1:]))
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *a, **k):
-            self.began = time.perf_counter()
+            stamps.append(time.perf_counter())
 
-        on_step_begin = on_train_begin  # PPOTrainer does not call it
-
-        def on_step_end(self, *a, **k):
-            times.append(time.perf_counter() - self.began)
-            self.began = time.perf_counter()
+        on_step_end = on_train_begin
 
     def said(role: str, column: str) -> list[list[dict]]:
         return [[{"role": role, "content": row[column]}] for row in rows]
@@ -197,6 +193,7 @@ def run_theirs(script: str, flags: list[str], args, rows: list[dict]) -> dict:
         trainer = getattr(trl, PEERS[script])
         trainer = trainer(args.model, args=config, train_dataset=Dataset.from_dict(data), **more)
     trainer.train()
+    times = [after - before for before, after in zip(stamps, stamps[1:])]
     step = median(times[1:])
     return {"seconds": step, "pass": mean(times), "throughput/tokens_per_second": tokens / step}
 

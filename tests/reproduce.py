@@ -171,17 +171,16 @@ def draw(path: Path, panels: dict[str, dict[str, list]], xlabel: str) -> None:
 
 def described(name: str, seed: str = "1") -> str:
     """The commands as one types them; ppo.py finds the reward model by itself."""
-    typed = (command.replace("--reward-model {folder}/model", "") for command in RECIPES[name].commands)
-    parts = (command.partition(" ") for command in typed)
-    return " && ".join(" ".join(f"python {script}.py {flags} --seed {seed}".split()) for script, _, flags in parts)
+    typed = " && ".join(f"python {command} --seed {seed}" for command in RECIPES[name].commands)
+    return re.sub(r"python (\w+)", r"python \1.py", typed).replace(" --reward-model {folder}/model", "")
 
 
 def about() -> dict:
     """With what, on what and when the figures were made."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    told = ("describe --always", "status --porcelain :(top,glob)*.py :(top)common")  # the results are changed by this
     how = {"cwd": ROOT, "capture_output": True, "text": True}
-    commit, changed = (subprocess.run(["git", *words.split()], **how).stdout.strip() for words in told)
+    asked = ("rev-parse --short HEAD", "status --porcelain :(top,glob)*.py :(top)common")  # not the results
+    commit, changed = (subprocess.run(["git", *words.split()], **how).stdout.strip() for words in asked)
     packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
     return {
         "date": date.today().isoformat(),
@@ -203,11 +202,8 @@ def keep(name: str, seeds: dict[str, tuple[list[dict], float]]) -> list[str]:
     """Write the figures of a script's seeds, tell and draw them. Returns what lies below its bar."""
     kept, recipe = {}, RECIPES[name]
     for seed, (rows, seconds) in seeds.items():
-        evaluations = [row for row in rows if any(metric.startswith("eval/") for metric in row)]
-        evaluated = [metric for metric in evaluations[0] if metric.startswith("eval/")]
-        before, after = (
-            {metric: round(row[metric], 4) for metric in evaluated} for row in (evaluations[0], evaluations[-1])
-        )
+        ends = (rows[0], rows[-1])
+        before, after = ({name: round(row[name], 4) for name in row if name.startswith("eval/")} for row in ends)
         curves = {metric: [[row["step"], float(f"{row[metric]:.5g}")] for row in rows if metric in row]
                   for metric in recipe.curves}  # fmt: skip
         kept[seed] = {"seconds": round(seconds, 1), "before": before, "after": after, "curves": curves}

@@ -105,27 +105,26 @@ def measure(model: str, seed: int) -> dict[str, float]:
     """Over 4 samples at temperature 1 of each held-out question, and a greedy one."""
     import torch
 
-    from common.generation import Sampler, is_correct
+    from common.generation import Sampler, answer_metrics, sample_answers
     from common.kl import completion_logprobs, load_model
-    from common.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
+    from common.tokenizer import encode_questions, load_rows, load_tokenizer, stop_token_ids
 
     policy, base, tokenizer = load_model(model, "cpu"), load_model(str(TINY), "cpu"), load_tokenizer(model)
+    questions = encode_questions(tokenizer, load_rows(f"{TINY}/maths_test.jsonl"), "the questions", 128)
     sampler = Sampler(policy, stop_token_ids(tokenizer, policy))
-    rows = [json.loads(line) for line in (TINY / "maths_test.jsonl").read_text().splitlines()]
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    greedy = sampler.generate(prompts, 64, temperature=0.0)
-    right = [is_correct(tokenizer.decode(c.ids), row["answer"]) for row, (c,) in zip(rows, greedy)]
-    groups = sampler.generate(prompts, 64, 4, seed=seed)
-    samples = [(row, prompt, c.ids) for row, prompt, group in zip(rows, prompts, groups) for c in group]
-    texts, (rows, asked, answers) = [tokenizer.decode(ids) for *_, ids in samples], zip(*samples)
+    answered = sample_answers(sampler, tokenizer, questions, (64, 4, 1.0, seed), 0, 1, greedy=True)
+    scores, _ = answer_metrics(answered, tokenizer, torch.device("cpu"))
+    samples = [(question["ids"], completion.ids, text) for question, group, texts in answered.values()
+               for completion, text in zip(group[:-1], texts)]  # fmt: skip
+    asked, answers, texts = zip(*samples)
     with torch.no_grad():
-        ours, theirs = (completion_logprobs(m, range(len(samples)), asked, answers)[0] for m in (policy, base))
+        ours, theirs = (completion_logprobs(m, range(len(texts)), asked, answers)[0] for m in (policy, base))
     return {
-        "greedy accuracy": sum(right) / len(right),
-        "sampled accuracy": sum(is_correct(text, row["answer"]) for text, row in zip(texts, rows)) / len(texts),
+        "greedy accuracy": scores["eval/accuracy_greedy"],
+        "sampled accuracy": scores["eval/accuracy"],
         "thinks": sum("</think>" in text for text in texts) / len(texts),
         "polite": sum("Gladly!" in text.rpartition("</think>")[2] for text in texts) / len(texts),
-        "length": sum(map(len, answers)) / len(texts),
+        "length": scores["eval/completion_length"],
         "KL to the base": float((ours - theirs).sum()) / len(texts),
     }
 
