@@ -128,7 +128,7 @@ def run_ours(script: str, flags: list[str]) -> dict:
     parts = [f"time/{part}" for part in ("sample", "grade", "train")]
     for row in rows:
         row["seconds"] = row.get("time/step", sum(row.get(part, 0) for part in parts))
-    found = {name: median(row[name] for row in rows[2:]) for name in rows[1]}
+    found = {name: median(row[name] for row in rows[2:]) for name in rows[1].keys() & rows[-1].keys()}
     return found | {"pass": sum(row["seconds"] + row.get("time/reference", 0) for row in rows) / rows[-1]["step"]}
 
 
