@@ -2,7 +2,6 @@
 
 import copy
 import os
-from itertools import count
 
 import pytest
 import torch
@@ -61,23 +60,14 @@ def test_other_models_score_as_a_fresh_forward_scores_them(kind, device):
         assert gaps(plain, prompts, sampler.generate(prompts, 20, samples, temperature)).max() < 1e-3
 
 
-def test_graphs_replay_what_plain_steps_compute(device, tokenizer):
-    model = kl.load_model(str(TINY), device)
-    graphs, plain = Sampler(model, [37]), Sampler(model, [37])
-    plain.can_capture = False
-    for call in CALLS:
-        assert drawn(graphs, tokenizer, *call) == drawn(plain, tokenizer, *call)
-    assert graphs.can_capture and graphs.slots.graphs and not plain.slots.graphs
-
-
-def test_a_gpu_draws_the_samples_of_a_cpu_whatever_it_drew_before(device, tokenizer):
+def test_a_gpu_draws_the_samples_of_a_cpu_with_graphs_and_without_whatever_it_drew_before(device, tokenizer):
     """One shape after the other, also where rows wait for memory."""
-    ours, theirs = (Sampler(kl.load_model(str(TINY), where), [37]) for where in (device, "cpu"))
-    theirs.uses_graphs = False
-    expected = [drawn(theirs, tokenizer, *call) for call in CALLS]
-    assert [drawn(ours, tokenizer, *call) for call in CALLS] == expected
-    ours.memory_gb, ours.slots = 5.5 * ours.slots.keys[:, :1].nbytes * 2 / 1e9, None
-    assert [drawn(ours, tokenizer, *call) for call in CALLS] == expected and ours.slots.capacity == 5
+    graphs, plain, cpu = (Sampler(kl.load_model(str(TINY), where), [37]) for where in (device, device, "cpu"))
+    plain.can_capture = cpu.uses_graphs = False
+    expected, *found = [[drawn(sampler, tokenizer, *call) for call in CALLS] for sampler in (cpu, graphs, plain)]
+    assert found == [expected] * 2 and graphs.can_capture and graphs.slots.graphs and not plain.slots.graphs
+    graphs.memory_gb, graphs.slots = 5.5 * graphs.slots.keys[:, :1].nbytes * 2 / 1e9, None
+    assert [drawn(graphs, tokenizer, *call) for call in CALLS] == expected and graphs.slots.capacity == 5
 
 
 def test_an_agents_turns_go_on_from_kept_keys_and_values(device, tokenizer):
@@ -116,14 +106,12 @@ def test_memory_after_an_evaluation_is_within_the_bound_and_then_free(device, to
 @pytest.mark.parametrize("script", MODULES)
 def test_a_training_step_in_bfloat16(script, device, tmp_path):
     more = {"batch_size": 8, "num_samples": 4} if hasattr(MODULES[script].EMBEDDED, "minibatches") else {}
-    more |= {"reward_model": None} if script == "ppo" else {}
-    more |= {"max_completion_tokens": 96} if script == "agentic" else {}  # enough for a call and an answer
-    numbers, found = count(), {}
+    more |= {"ppo": {"reward_model": None}, "agentic": {"max_completion_tokens": 96}}.get(script, {})  # room for a call
+    found = {}
     for where, dtype in ((device, "bfloat16"), ("cpu", "float32")):
-        folder = tmp_path / f"{next(numbers)}"
-        quick(script, folder, device=str(where), dtype=dtype, warmup_steps=0, **more)
-        found[dtype] = metrics(folder)[-1]
-        assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
+        quick(script, tmp_path / dtype, device=str(where), dtype=dtype, warmup_steps=0, **more)
+        found[dtype] = metrics(tmp_path / dtype)[-1]
+        assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / dtype).values())
         assert found[dtype]["optim/grad_norm"] > 0
     assert found["bfloat16"].get("policy/sampler_gap", 0) < 0.05
     if not more:  # the same rows
