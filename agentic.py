@@ -78,9 +78,7 @@ class Args:
     eval_rows: int = 100  # held-out tasks used
     eval_samples: int = 4  # trajectories of each, at --temperature, with the tools and without
     environment: Literal["questions", "code"] = "questions"  # code: functions to write, rows of MBPP or HumanEval
-    instruction: str = (
-        "Use the tools where they help. End with the answer alone in <answer></answer>."  # after a question
-    )
+    instruction: str = "Use the tools where they help. End with the answer alone in <answer></answer>."  # appended
     max_prompt_tokens: int = 1024  # rows with a longer prompt, tools included, are dropped
     tools: tuple[Literal["calculator", "search", "python"], ...] = ("python",)  # what the agent may call
     corpus: str | None = None  # documents for `search`: rows with text, and title if they have one
@@ -110,6 +108,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 32  # tasks per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    sampler_memory_gb: float | None = None  # bound on its keys and values; None: 4 on a CPU, a fifth of a GPU's
     lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
@@ -525,7 +524,7 @@ def main(args: Args, environment: type[Environment] | None = None) -> dict:
     policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
     reference = frozen(policy, device, world) if args.beta else None
     stops = stop_token_ids(tokenizer, policy)
-    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32, args.sampler_memory_gb)
     player = Player(sampler, dialogue, begin, args)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
 

@@ -86,6 +86,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 64  # prompts per rollout that are trained on, over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    sampler_memory_gb: float | None = None  # bound on its keys and values; None: 4 on a CPU, a fifth of a GPU's
     lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 10  # rollouts of linear warm-up
@@ -179,7 +180,7 @@ def main(args: Args) -> dict:
     questions, held_out = load_questions(tokenizer, *data)
     policy = load_model(args.model, device, world, args.gradient_checkpointing, args.lora_rank, bfloat16)
     stops = stop_token_ids(tokenizer, policy)
-    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32, args.sampler_memory_gb)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
 
     shown = {"reward/mean": "reward", "completions/length_mean": "length", "prompts/rounds": "rounds"}

@@ -105,6 +105,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 32  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    sampler_memory_gb: float | None = None  # bound on its keys and values; None: 4 on a CPU, a fifth of a GPU's
     lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
@@ -198,7 +199,7 @@ def main(args: Args) -> dict:
     if args.judge:
         score = Judge(args.judge, args.rubric, device, bfloat16, args.microbatch_tokens)
     stops = stop_token_ids(tokenizer, policy)
-    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32, args.sampler_memory_gb)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
 
     shown = {"reward/mean": "reward", "completions/length_mean": "length", "policy/kl": "KL"}

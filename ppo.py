@@ -127,6 +127,7 @@ class Args:
     steps: int = 200  # rollouts
     batch_size: int = 128  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    sampler_memory_gb: float | None = None  # bound on its keys and values; None: 4 on a CPU, a fifth of a GPU's
     lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak, of the policy
     critic_learning_rate: float = 5e-6  # peak, of the critic
@@ -226,7 +227,7 @@ def main(args: Args) -> dict:
         score = RewardModel(args.reward_model, device, bfloat16, args.microbatch_tokens, args.ensemble_score)
     critic = shard(load_critic(args, tokenizer, device, bfloat16), world)
     stops = stop_token_ids(tokenizer, policy)
-    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32, args.sampler_memory_gb)
     models, settings = torch.nn.ModuleList([policy, critic]), {"weight_decay": args.weight_decay, "betas": (0.9, 0.95)}
     optimizer = torch.optim.AdamW([{"params": m.parameters()} for m in models], **settings, eps=1e-5, fused=True)
     controller = AdaptiveKLController(args.beta, args.kl_target or math.inf, args.kl_horizon)
@@ -400,15 +401,14 @@ def draw_overoptimisation(run) -> None:
 
     rows = [row for row in run.history if "eval/kl" in row]
     distance = [max(row["eval/kl"], 0.0) ** 0.5 for row in rows]
-    figure = Figure(figsize=(5, 3.2), layout="tight")
-    axis = figure.subplots()
+    axis = Figure(figsize=(5, 3.2), layout="tight").subplots()
     axis.plot(distance, [row["eval/reward"] for row in rows], marker=".", color="C0")
     axis.set(xlabel="√KL to the reference (KL in nats per completion)", ylabel="proxy reward (blue)")
     if "eval/accuracy" in rows[0]:
         gold = axis.twinx()
         gold.plot(distance, [row["eval/accuracy"] for row in rows], marker=".", color="C1")
         gold.set(ylabel="gold: share right (orange)", ylim=(0, 1.02))
-    figure.savefig(run.folder / "overoptimisation.png", dpi=110)
+    axis.figure.savefig(run.folder / "overoptimisation.png", dpi=110)
 
 
 # ================================================================ plumbing: the same in every script, not the algorithm

@@ -111,6 +111,7 @@ class Args:
     steps: int = 200  # rollouts; 0 evaluates only, and logs every sample
     batch_size: int = 32  # prompts per rollout over all processes
     microbatch_tokens: int = 16384  # tokens per forward and backward: a memory knob, not a change of result
+    sampler_memory_gb: float | None = None  # bound on its keys and values; None: 4 on a CPU, a fifth of a GPU's
     lora_rank: int = 0  # 0: all weights; else adapters of this rank, by default at ten times the learning rate
     learning_rate: float = 1e-6  # peak
     warmup_steps: int = 5  # rollouts of linear warm-up
@@ -586,7 +587,7 @@ def main(args: Args) -> dict:
     reference = frozen(policy, device, world) if args.beta else None
     reranker = args.reranker and RewardModel(args.reranker, device, bfloat16, args.microbatch_tokens, flag="--reranker")
     stops = stop_token_ids(tokenizer, policy)
-    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32)
+    sampler = Sampler(policy, stops, torch.bfloat16 if bfloat16 else torch.float32, args.sampler_memory_gb)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
 
     shown = {"reward/mean": "reward", "policy/entropy": "entropy", "eval/completion_length": "length"}

@@ -814,7 +814,8 @@ class Speaker:
         budgets = [min(self.budget, self.context - len(ids)) for ids in prompts]
         with tqdm(total=len(asked), desc="making rows", leave=False, disable=None) as bar:
             options = {"seed": self.seed * 1009 + self.calls, "indices": [*asked], "progress": bar.update}
-            drawn = self.sampler.generate(prompts, budgets, keep=True, **options)  # the next turn goes on from here
+            options |= {"temperature": 0.7, "keep": True}  # as in Self-Instruct; the next turn goes on from here
+            drawn = self.sampler.generate(prompts, budgets, **options)
         for (number, (_, other)), (completion,) in zip(asked.items(), drawn):
             text = self.tokenizer.decode(completion.ids, skip_special_tokens=not is_user)
             text, *rest = re.split(other, text, maxsplit=1) if is_user else [other + text]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, refuses, run
+from conftest import TINY, run
 from test_core import quick
 
 import sft
@@ -170,7 +170,6 @@ def test_answers_are_criticised_by_a_principle_revised_and_trained(tmp_path, tok
     for row, criticised, revised in zip(made, heard[15:29], heard[29:], strict=True):
         assert criticised[:2] == revised[:2] == [*row["prompt"], {"role": "assistant", "content": "After 1"}]
         assert row["principle"] in criticised[2]["content"] and len(criticised) == 3 and len(revised) == 5
-    assert "--revise nowhere: no file" in refuses("sft", "--model", TINY, "--dataset", source, "--revise", "nowhere")
 
 
 def test_rows_of_alpaca_and_self_instruct_are_read():
