@@ -40,7 +40,7 @@ SHAPES = {
     "tiny": transformers.AutoConfig.from_pretrained(TINY),
 }
 PEAKS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12), "A100": (2.04e12, 312e12)}  # bytes, bfloat16 products a s
-LIMIT = 285  # seconds after which no measurement begins
+LIMIT = 240  # seconds behind the tests after which no measurement begins
 BEGAN = time.perf_counter()
 
 
@@ -99,7 +99,7 @@ def tell(args, measure, *which) -> None:
     if is_cuda := args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        if time.perf_counter() - BEGAN > LIMIT:
+        if time.perf_counter() - args.began > LIMIT:
             raise TimeoutError(f"{LIMIT} s are over")
         cells = measure(args, *which)
     except (Exception, SystemExit) as error:
@@ -124,6 +124,7 @@ def main() -> None:
     print(f"commit {commit.stdout.strip() or 'unknown'}", flush=True)
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "tests/test_cuda.py"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "REHEARSE": "1"})  # which a GPU does not ask for
+    args.began = time.perf_counter()
     card = next((part for part in PEAKS if part in args.name), "H100")
     args.bandwidth, args.peak = PEAKS[card]
     print(f"bounds are an {card}'s: {args.bandwidth / 1e12:.3g} TB/s and {args.peak / 1e12:.0f} TFLOP/s\n")

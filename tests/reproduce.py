@@ -265,7 +265,7 @@ def compare(name: str, pending: dict[str, list]) -> None:
         if name == "overoptimisation":
             for panel, metric in zip(panels.values(), ("eval/reward", "eval/accuracy")):
                 panel[title] = [(max(kl, 0.0) ** 0.5, [y]) for kl, y in zip(means["eval/kl"], means[metric])]
-            draw(RESULTS / f"{name}.png", panels, "√KL to the start, of nats per completion")
+            draw(RESULTS / f"{name}.png", panels, "√KL to the start, in nats")
 
 
 def main() -> None:
