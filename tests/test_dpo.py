@@ -16,7 +16,7 @@ from conftest import TINY, first_rows, jsonl, metrics
 import dpo
 from common import kl
 from common.generation import Completion
-from common.tokenizer import encode_comparisons, encode_prompt, load_rows, render_chat, with_mismatches
+from common.tokenizer import encode_comparisons, encode_prompt, load_rows, load_tokenizer, render_chat, with_mismatches
 
 CPU, MODEL = torch.device("cpu"), str(TINY)
 ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
@@ -243,7 +243,7 @@ def test_every_loss_raises_the_margin_of_held_out_pairs(loss, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_dpo_learns_to_answer_from_preferences(seed, tmp_path):
     data = str(first_rows("preferences_train.jsonl", 540))
-    settings = {"steps": 30, "batch_size": 12, "learning_rate": 4e-4, "max_completion_tokens": 64, "eval_rows": 48}
+    settings = {"steps": 30, "batch_size": 12, "learning_rate": 4e-4, "max_completion_tokens": 64, "eval_rows": 32}
     last = sampled_quick(tmp_path, dataset=data, seed=seed, **settings, eval_every=0)
     for name in ("eval/accuracy", "eval/accuracy_greedy"):
         assert last[name] >= metrics(tmp_path)[0][name] + 0.12, name
@@ -282,6 +282,9 @@ def test_forms_of_pairs_give_the_same_tokens_and_long_answers_are_cut(tokenizer,
     found = [(one["ids"], one["completions"]) for one in encoded(tokenizer, forms, tmp_path)]
     assert len(found) == len(forms) and all(one == found[0] for one in found)
     assert found[0][0] + found[0][1][1] == render_chat(tokenizer, worse).ids
+    spaced = load_tokenizer(MODEL)
+    spaced.chat_template = spaced.chat_template.replace("<|end|>", "<|end|> ")  # what follows the end is not trained
+    assert encoded(spaced, forms[:1], tmp_path)[0]["completions"] == found[0][1]
     (cut,) = encoded(tokenizer, [{"prompt": "1+1=?", "chosen": "x" * 60, "rejected": "3"}], tmp_path, max_completion=10)
     assert cut["completions"][0] == cut["completions"][0][:1] * 10 and cut["completions"][1] == found[0][1][1]
     assert "rows: 1 of 1 rows cut after 10 tokens (--max-completion-tokens)." in capsys.readouterr().out

@@ -26,8 +26,9 @@ def test_t12_ppo_detail_5_ppo_detail_6_kl_in_the_reward_and_the_score_at_the_las
 
 
 def test_t13_ppo_detail_4_gae_equals_the_direct_sum_and_reads_nothing_behind_the_last_action():
-    known = ppo.gae(t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None], torch.ones(1, 3), 1.0, 0.95)
-    close(torch.cat(known), [0.4705, 0.39, 0.2], [0.9705, 0.99, 1])
+    known = t(0, 0, 1)[None], t(0.5, 0.6, 0.8)[None]
+    close(torch.cat(ppo.gae(*known, torch.ones(1, 3), 1.0, 0.95)), [0.4705, 0.39, 0.2], [0.9705, 0.99, 1])
+    close(ppo.gae(*known, t(1, 0, 1)[None], 1.0, 0.95)[0][0], 0.49, 0, 0.2)
     rewards, values = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lengths, gamma, lam = [9, 1, 4, 7, 2], 0.97, 0.9
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
@@ -218,10 +219,10 @@ def test_t17_ppo_detail_12_the_controller_tightens_and_loosens_and_goes_on_after
 
 
 def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path):
-    wild = {"learning_rate": 3e-3, "beta": 0.0, "kl_target": None, "eval_every": 1, "steps": 9, "stop_kl": 0.2}
+    wild = {"learning_rate": 1e-3, "beta": 0.0, "kl_target": None, "eval_every": 1, "steps": 9, "stop_kl": 0.4}
     quick(tmp_path, **wild, save_every=1)
     rows = metrics(tmp_path)
-    assert 2 <= len(rows) < 9 and rows[-1]["eval/kl"] > 0.2 and all(row["eval/kl"] <= 0.2 for row in rows[:-1])
+    assert 3 <= len(rows) < 9 and rows[-1]["eval/kl"] > 0.4 and all(row["eval/kl"] <= 0.4 for row in rows[:-1])
     shutil.rmtree(tmp_path / "model")
     quick(None, resume=str(tmp_path), **wild)
     assert metrics(tmp_path) == rows and (tmp_path / "model" / "model.safetensors").exists()

@@ -130,14 +130,15 @@ def test_reward_model_detail_5_any_loader_finds_scores_normalised_while_loss_and
     tmp_path, tokenizer
 ):
     """On demonstrations if there are any, else on the better held-out answers."""
-    shown = [{"prompt": f"{i}+1=?", "completion": f"<answer>{i + 1}</answer>"} for i in range(10, 18)]
-    held_out = [pair(row["prompt"], row["completion"], "no") for row in shown]
+    held_out, shown = ([pair(f"{i}+1=?", f"<answer>{i + 1}</answer>", "no") for i in range(start, start + 8)]
+                       for start in (10, 50))  # fmt: skip
+    demonstrations = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in shown)
+    path, rows, configs = jsonl(tmp_path / "shown.jsonl", *demonstrations), {}, {}
     data = {"eval_dataset": jsonl(tmp_path / "held_out.jsonl", *held_out), "eval_rows": 8}
-    rows, configs = {}, {}
-    for how, references in (("none", None), ("shift", jsonl(tmp_path / "shown.jsonl", *shown)), ("scale", None)):
+    for how, references, scored in (("none", None, held_out), ("shift", path, shown), ("scale", None, held_out)):
         rows[how] = quick(tmp_path / how, normalisation=how, reference_dataset=references, **data)
         configs[how] = json.loads((tmp_path / how / "model" / "config.json").read_text())
-        scores = normalised(tmp_path / how / "model", texts_of(encoded(tokenizer, held_out))[::2])
+        scores = normalised(tmp_path / how / "model", texts_of(encoded(tokenizer, scored))[::2])
         assert (abs(scores.mean().item()) < 1e-4) == (how != "none")
         assert (abs(scores.std(correction=0).item() - 1) < 1e-3) == (how == "scale")
         for name in ("eval/loss", "eval/calibration_error", "eval/accuracy"):
