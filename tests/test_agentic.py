@@ -85,7 +85,7 @@ def calls_of(t: Trajectory) -> list[Call]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_agentic_learns_to_call_its_tools(seed, tmp_path):
-    flags = ["--seed", seed, "--steps", 6, "--warmup-steps", 1, "--learning-rate", "1e-3", "--eval-every", 0]
+    flags = ["--seed", seed, "--steps", 7, "--warmup-steps", 1, "--learning-rate", "1e-3", "--eval-every", 0]
     run("agentic", *flags, "--eval-samples", 2, "--eval-rows", 32, "--output-dir", tmp_path)
     before, *rows, after = metrics(tmp_path)
     assert before["eval/accuracy"] <= 0.5 and after["eval/accuracy"] >= before["eval/accuracy"] + 0.25
@@ -93,7 +93,7 @@ def test_agentic_learns_to_call_its_tools(seed, tmp_path):
     assert after["eval/accuracy_greedy"] >= 0.9 and after["eval/accuracy_without_tools"] <= 0.05
     assert after["agent/error_rate"] <= 0.1
     assert all(row["policy/sampler_gap"] < 1e-5 and row["policy/clip_fraction"] == 0 for row in [*rows, after])
-    shown = (tmp_path / "transcripts-000006.txt").read_text()
+    shown = (tmp_path / "transcripts-000007.txt").read_text()
     assert '<tool_call>{"name": "calculator"' in shown and "<|tool|>" in shown and "── reward 1.00, gold" in shown
 
 
@@ -336,7 +336,7 @@ def test_agentic_detail_3_agentic_detail_5_temperature_and_old_policy(tmp_path, 
     """Ratios are exactly 1 before the first update in bfloat16; sampler, policy and reference share the temperature."""
     ratios, real = [], agentic.clipped_loss
     monkeypatch.setattr(agentic, "clipped_loss", lambda *a: ratios.append(real(*a)) or ratios[-1])
-    more = {"batch_size": 4, "num_samples": 4, "temperature": 0.6, "max_completion_tokens": 64}
+    more = {"num_samples": 4, "temperature": 0.6, "max_completion_tokens": 64}
     row = quick("agentic", tmp_path / "float32", **more)
     assert row["policy/sampler_gap"] < 1e-6 and row["policy/kl"] == 0
     row = quick("agentic", tmp_path / "bfloat16", **more, dtype="bfloat16")

@@ -199,15 +199,15 @@ def test_rlvr_math_detail_3_r1_zeros_template_ends_at_its_answer(tmp_path, monke
     assert saved.apply_chat_template(chat, tokenize=False) == asked + "1</think><answer>2</answer><|end|>"
 
 
-@pytest.mark.parametrize("name,seed", [
-    ("grpo", 1), ("grpo", 2), ("reinforce", 1), ("rloo", 1), ("dr_grpo", 1), ("expert_iteration", 1),
+@pytest.mark.parametrize("name,seed,steps", [
+    ("grpo", 1, 8), ("grpo", 2, 8), ("reinforce", 1, 4), ("rloo", 1, 4), ("dr_grpo", 1, 4), ("expert_iteration", 1, 4),
 ])  # fmt: skip
-def test_rlvr_math_learns(name, seed, tmp_path):
-    flags = ["--algorithm", name, "--seed", seed, "--steps", 8, "--warmup-steps", 1]
-    flags += ["--learning-rate", 6e-4, "--eval-every", 0, "--eval-rows", 64, "--eval-samples", 4]
+def test_rlvr_math_learns(name, seed, steps, tmp_path):
+    flags = ["--algorithm", name, "--seed", seed, "--steps", steps, "--warmup-steps", 1, "--learning-rate", "1e-3"]
+    flags += ["--eval-every", 0, "--eval-rows", 64, "--eval-samples", 4, "--output-dir", tmp_path / "rl"]
     if name == "expert_iteration":
         flags += ["--save-verified", "--keep-per-question", 2, "--instruction", " "]
-    run("rlvr_math", *flags, "--output-dir", tmp_path / "rl")
+    run("rlvr_math", *flags)
     before, *rows, after = metrics(tmp_path / "rl")
     assert after["eval/accuracy"] > before["eval/accuracy"] + 0.15
     assert all(row["policy/sampler_gap"] < 1e-6 and row["policy/clip_fraction"] == 0 for row in rows)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, jsonl, run
+from conftest import TINY, first_rows, jsonl, run
 from test_core import quick
 from test_rlvr_math import cases, lines_of
 
@@ -97,13 +97,14 @@ def texts(rows: list[dict], tokenizer) -> list[list[int]]:
 def test_invented_rows_alone_are_trained_and_two_processes_and_a_resumed_run_have_the_same(
     tmp_path, tokenizer, trained, monkeypatch
 ):
-    settings = {"self_instruct": 16, "steps": 0, "epochs": 1, "batch_size": 4}
+    few = str(first_rows("demonstrations_train.jsonl", 60))
+    settings = {"self_instruct": 16, "steps": 0, "epochs": 1, "batch_size": 4, "dataset": (few,)}
     quick("sft", tmp_path, **settings)
     rows = lines_of(tmp_path / "self_instruct.jsonl")
     assert len(rows) == 16 and sorted(trained) == texts(rows, tokenizer)
     assert sum(bool(re.fullmatch(r"\d\d[-+*]\d\d?=\?", row["prompt"])) for row in rows) > 14
     flags = ["--self-instruct", 16, "--steps", 1, "--batch-size", 4, "--eval-rows", 2, "--eval-samples", 1]
-    told = run("sft", *flags, "--output-dir", tmp_path / "two", processes=2)
+    told = run("sft", *flags, "--dataset", few, "--eval-dataset", few, "--output-dir", tmp_path / "two", processes=2)
     assert told.count("16 of 16 rows") == 1 and lines_of(tmp_path / "two" / "self_instruct.jsonl") == rows
     jsonl(tmp_path / "self_instruct.jsonl", *rows[:8])
     shutil.rmtree(tmp_path / "checkpoints")
