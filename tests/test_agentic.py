@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, TINY, jsonl, metrics, run
 from test_core import quick
 from test_mathematics import close
-from test_rlvr_math import cases
+from test_rlvr_math import cases, lines_of
 
 import agentic
 from agentic import EMBEDDED, Call, Dialogue, Environment, Player, ToolQuestions, Tools, Trajectory
@@ -27,7 +27,7 @@ from common.generation import Completion, Sampler
 from common.kl import completion_logprobs
 from common.tokenizer import encode_text, load_tokenizer, stop_token_ids
 
-QUESTIONS = [json.loads(line) for line in (TINY / "tools_test.jsonl").read_text().splitlines()]
+QUESTIONS = lines_of(TINY / "tools_test.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -260,16 +260,16 @@ def test_agentic_detail_9_observations_are_cut_inside_their_tag_forge_nothing_an
     assert t.answer is None and t.ids[-1] == tokenizer.eos_token_id and t.action_mask[-1] and len(t.turns) == 1
 
 
-def with_template(template: str):
-    tokenizer = load_tokenizer(str(TINY))
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 PLAIN = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def with_template(template: str):
+    tokenizer = load_tokenizer(str(TINY))
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_templates_without_tools_are_told_in_words_and_answered_by_the_user(tokenizer, tools):
@@ -307,12 +307,11 @@ def test_an_environment_of_ones_own_has_its_own_state_and_trains(tokenizer, tmp_
     said = [[call("compare", number=n), call("compare", number=4), "It is 4"] for n in (1, 9)] + [["It is 5"]]
     trajectories = scripted(tokenizer, [], *said, environment=Own)
     assert [[c.observation for c in calls_of(t)] for t in trajectories] == [["higher", "equal"], ["lower", "equal"], []]
-    small = {"steps": 1, "batch_size": 2, "num_samples": 2, "eval_rows": 2, "eval_samples": 1}
-    args = replace(EMBEDDED, **small, max_turns=2, credit="turn", call_cost=0.1, output_dir=str(tmp_path))
-    last = agentic.main(args, Own)
+    args = replace(EMBEDDED, steps=1, batch_size=2, num_samples=2, eval_rows=2, eval_samples=1, max_turns=2)
+    last = agentic.main(replace(args, credit="turn", call_cost=0.1, output_dir=str(tmp_path)), Own)
     assert last["eval/accuracy"] == 0 and math.isfinite(last["optim/grad_norm"])
     assert last["reward/mean"] == pytest.approx(-0.1 * last["agent/calls"])
-    assert "tools: compare, hang" in json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["prompt"]
+    assert "tools: compare, hang" in lines_of(tmp_path / "samples.jsonl")[0]["prompt"]
 
 
 def test_agentic_detail_1_advantages_of_trajectories_and_turns():
