@@ -140,6 +140,21 @@ def test_dpo_detail_1_dpo_detail_2_parity_with_trl_from_rows_to_the_number(tmp_p
         same(found, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_parity_with_trl_orpo_simpo_and_cdpo():
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    torch.manual_seed(0)
+    means, lengths = -torch.rand(6, 2) * 3, torch.randint(1, 9, (6, 2))
+    sums, two, stub = means * lengths, means.unbind(1), SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
+    vars(stub).update(beta=0.3, alpha=0.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=0.0)
+    odds, *_ = ORPOTrainer.odds_ratio_loss(stub, *two)
+    same(dpo.orpo_loss(sums, None, lengths, 0.3, ARGS), -two[0] - odds)
+    same(dpo.simpo_loss(sums, None, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
+    stub.loss_type, stub.label_smoothing = "sigmoid", 0.1  # cDPO is CPO's smoothed loss of log-ratios
+    same(dpo.cdpo_loss(None, means, lengths, 0.3, ARGS), CPOTrainer.cpo_loss(stub, *two)[0])
+
+
 def test_dpo_detail_3_dpo_detail_5_the_policy_gives_the_reference_before_its_first_update(tmp_path, monkeypatch):
     """Once, so that there is no second model, and by the very same forward: at first all is a tie, which is wrong."""
     names = ("load_model", "score_answers", "answer_logprobs", "implicit_rewards")

@@ -1,44 +1,23 @@
 """Rows that a model makes for sft.py: invented ones, and revised answers."""
 
-import json
 import re
 import shutil
 
 import pytest
 import torch
-from conftest import TINY, run
+from conftest import TINY, first_rows, jsonl, run
 from test_core import quick
+from test_rlvr_math import cases, lines_of
 
 import sft
-from common.generation import Completion, Speaker, is_correct, self_instruct
+from common.generation import Completion, Speaker, self_instruct
 from common.tokenizer import PLAIN_TEMPLATE, load_tokenizer, read_conversation, read_row, render_chat, render_text
 
-SEEDS = [
-    "Name the capital of the country where Goethe was born.",
-    "What do whales eat in winter?",
-    "Spell the word cat.",
-]
+SEEDS = ["Name the capital of the country where Goethe was born.", "What do whales eat in winter?", "Spell the word."]
 GOOD = "How many legs have three spiders together?"
-FAULTS = {
-    "of 3 words or fewer or over 150": ["How are you?", "word " * 151],
-    "for more than text": ["Describe the image of a red house.", "Sum up all Files of the folder."],
-    "for a program": ["Write a program that adds two numbers."],
-    "opened by no letter or digit": ["- What is the tallest tree?", "Écris une phrase sur la mer."],
-    "not new": ["Name the capital of the country where Schiller was born.", GOOD],
-    "cut or empty": ["cut"],
-}
 INSTRUCT = (  # a template whose user's turn ends in plain text
     "{% for m in messages %}{{ 'Q: ' + m.content + ' A:' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
 )
-
-
-def rows_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 class Scripted:
@@ -55,28 +34,21 @@ class Scripted:
 
 
 def invented(folder, questions, seeds=SEEDS) -> list[str]:
-    source = write(folder / "seeds.jsonl", [{"question": text, "answer": "fine"} for text in seeds])
+    source = jsonl(folder / "seeds.jsonl", *[{"question": text, "answer": "fine"} for text in seeds])
     self_instruct(folder / "made.jsonl", [source], Scripted(questions), len(questions), 2)
-    return [row["prompt"] for row in rows_of(folder / "made.jsonl")]
+    return [row["prompt"] for row in lines_of(folder / "made.jsonl")]
 
 
-@pytest.mark.parametrize("why,bad", [(why, bad) for why, texts in FAULTS.items() for bad in texts])
-def test_a_question_is_kept_unless_a_filter_names_its_fault(why, bad, tmp_path, capsys):
-    assert invented(tmp_path, [GOOD, bad]) == [GOOD]
-    tried = capsys.readouterr().out
-    assert "1 of 2 rows, from 16 candidates" in tried and (f"1 {why}" in tried or why == "cut or empty")
+def test_a_question_is_kept_unless_a_filter_names_its_fault(tmp_path, capsys):
+    for row in cases("question", "fault"):
+        assert invented(tmp_path, [GOOD, row["question"]]) == [GOOD]
+        tried = capsys.readouterr().out
+        assert "1 of 2 rows, from 16 candidates" in tried and row["fault"] in tried
     near = "How many legs have four spiders at home?"  # 0.667
     assert invented(tmp_path, [GOOD, near]) == [GOOD, near]
-
-
-def test_filters_that_most_seeds_fail_do_not_hold(tmp_path):
-    assert invented(tmp_path, ["12+34=?", "34+12=?", "12+34=?"], ["11+22=?", "7*80=?", SEEDS[1]]) == [
-        "12+34=?",
-        "34+12=?",
-    ]
-
-
-def test_nothing_kept_is_a_sentence(tmp_path):
+    sums = ["12+34=?", "34+12=?"]  # filters that most seeds fail do not hold
+    assert invented(tmp_path, [*sums, "12+34=?"], ["11+22=?", "7*80=?", SEEDS[1]]) == sums
+    (tmp_path / "made.jsonl").unlink()
     with pytest.raises(SystemExit, match="nothing to train on"):
         invented(tmp_path, ["cut"])
     assert not (tmp_path / "made.jsonl").exists()
@@ -122,12 +94,19 @@ def texts(rows: list[dict], tokenizer) -> list[list[int]]:
     return sorted(render_chat(tokenizer, read_conversation(row)).ids for row in rows)
 
 
-def test_invented_rows_alone_are_trained_and_a_resumed_run_reuses_them(tmp_path, tokenizer, trained, monkeypatch):
-    settings = {"self_instruct": 12, "steps": 0, "epochs": 1, "batch_size": 4}
+def test_invented_rows_alone_are_trained_and_two_processes_and_a_resumed_run_have_the_same(
+    tmp_path, tokenizer, trained, monkeypatch
+):
+    few = str(first_rows("demonstrations_train.jsonl", 60))
+    settings = {"self_instruct": 16, "steps": 0, "epochs": 1, "batch_size": 4, "dataset": (few,)}
     quick("sft", tmp_path, **settings)
-    rows = rows_of(tmp_path / "self_instruct.jsonl")
-    assert len(rows) == 12 and sorted(trained) == texts(rows, tokenizer)
-    write(tmp_path / "self_instruct.jsonl", rows[:8])
+    rows = lines_of(tmp_path / "self_instruct.jsonl")
+    assert len(rows) == 16 and sorted(trained) == texts(rows, tokenizer)
+    assert sum(bool(re.fullmatch(r"\d\d[-+*]\d\d?=\?", row["prompt"])) for row in rows) > 14
+    flags = ["--self-instruct", 16, "--steps", 1, "--batch-size", 4, "--eval-rows", 2, "--eval-samples", 1]
+    told = run("sft", *flags, "--dataset", few, "--eval-dataset", few, "--output-dir", tmp_path / "two", processes=2)
+    assert told.count("16 of 16 rows") == 1 and lines_of(tmp_path / "two" / "self_instruct.jsonl") == rows
+    jsonl(tmp_path / "self_instruct.jsonl", *rows[:8])
     shutil.rmtree(tmp_path / "checkpoints")
     trained.clear()
     monkeypatch.setattr(sft, "Speaker", None)
@@ -135,35 +114,15 @@ def test_invented_rows_alone_are_trained_and_a_resumed_run_reuses_them(tmp_path,
     assert sorted(trained) == texts(rows[:8], tokenizer)
 
 
-def test_two_processes_invent_the_rows_of_one(tmp_path):
-    flags = ["--self-instruct", 24, "--steps", 1, "--batch-size", 4, "--eval-rows", 8, "--eval-samples", 1]
-    told = [run("sft", *flags, "--output-dir", tmp_path / f"{n}", processes=n) for n in (1, 2)]
-    assert rows_of(tmp_path / "1" / "self_instruct.jsonl") == rows_of(tmp_path / "2" / "self_instruct.jsonl")
-    assert all(text.count("24 of 24 rows") == 1 for text in told)
-
-
-def test_the_embedded_model_invents_sums_before_and_after_it_is_trained_on_them(tmp_path, tokenizer):
-    def share_right(model: str) -> float:
-        speak = Speaker(model, tokenizer, torch.device("cpu"), False, 128, 1)
-        self_instruct(tmp_path / "sums.jsonl", [f"{TINY}/demonstrations_train.jsonl"], speak, 100, 0)
-        rows = [row for row in rows_of(tmp_path / "sums.jsonl") if re.fullmatch(r"\d\d[-+*]\d\d?=\?", row["prompt"])]
-        assert len(rows) > 95
-        return sum(is_correct(row["completion"], str(eval(row["prompt"][:-2]))) for row in rows) / len(rows)
-
-    before = share_right(str(TINY))
-    quick("sft", tmp_path / "run", self_instruct=100, steps=0, batch_size=32)
-    assert share_right(str(tmp_path / "run" / "model")) > before - 0.15 > 0.15  # its own answers teach it nothing
-
-
 def test_answers_are_criticised_by_a_principle_revised_and_trained(tmp_path, tokenizer, trained, monkeypatch):
     heard, principles, asked = [], ["Be brief.", "Be kind."], [{"role": "user", "content": "2+2=?"}]
     monkeypatch.setattr(sft, "Speaker", lambda *_: Scripted(heard=heard))
     (tmp_path / "principles.txt").write_text("\n\n".join(principles) + "\n")
     rows = [{"prompt": "1+1=?"}, {"messages": [*asked, {"role": "assistant", "content": "5"}]}, {"prompt": "cut"}]
-    rows += [{"prompt": f"{n}+1=?"} for n in range(12)]
-    source, changes = write(tmp_path / "prompts.jsonl", rows), {"steps": 0, "epochs": 1, "batch_size": 1}
-    quick("sft", tmp_path / "run", revise=str(tmp_path / "principles.txt"), dataset=(source,), **changes)
-    made = rows_of(tmp_path / "run" / "revisions.jsonl")
+    source = jsonl(tmp_path / "prompts.jsonl", *rows, *[{"prompt": f"{n}+1=?"} for n in range(12)])
+    settings = {"dataset": (source,), "steps": 0, "epochs": 1, "batch_size": 1}
+    quick("sft", tmp_path / "run", revise=str(tmp_path / "principles.txt"), **settings)
+    made = lines_of(tmp_path / "run" / "revisions.jsonl")
     assert len(made) == 14 and sorted(trained) == texts(made, tokenizer) and made[1]["prompt"] == asked
     assert {row["principle"] for row in made} == set(principles)
     assert all((row["draft"], row["critique"], row["completion"]) == ("After 1", "After 3", "After 5") for row in made)
@@ -175,6 +134,6 @@ def test_answers_are_criticised_by_a_principle_revised_and_trained(tmp_path, tok
 def test_rows_of_alpaca_and_self_instruct_are_read():
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}]
     rows += [{"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}]}]
-    for row in rows:
-        assert [turn["content"] for turn in read_conversation(read_row(row))] == ["Add.\n\n1 2", "3"]
+    read = [[turn["content"] for turn in read_conversation(read_row(row))] for row in rows]
+    assert read == [["Add.\n\n1 2", "3"]] * 2
     assert read_row({"instruction": "Go.", "input": "", "output": "I go."})["prompt"] == "Go."
