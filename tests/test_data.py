@@ -6,12 +6,13 @@ import time
 
 import datasets
 import pytest
-from conftest import TINY, jsonl, run
+from conftest import TINY, jsonl
 from test_core import quick
+from test_rlvr_math import cases
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common.generation import final_answer, is_correct
+from common.generation import is_correct
 from common.tokenizer import encode_continuation, encode_conversation, encode_conversations, encode_prompt
 from common.tokenizer import encode_questions, encode_text, end_of_turn, ensure_chat_template, load_questions, load_rows
 from common.tokenizer import load_tokenizer, read_messages, read_row, render_chat, stop_token_ids
@@ -217,57 +218,16 @@ def test_a_template_with_a_date_shows_that_of_the_run(tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
     tokenizer = load_tokenizer(str(tmp_path / "model"), "2024-07-26")
     assert tokenizer.decode(encode_prompt(tokenizer, "1+1=?")).startswith("26 Jul 2024")
-    flags = [
-        "--model",
-        tmp_path / "model",
-        "--batch-size",
-        2,
-        "--eval-rows",
-        2,
-        "--eval-samples",
-        1,
-        "--num-samples",
-        2,
-    ]
-    flags += ["--dataset", TINY / "maths_test.jsonl", "--eval-dataset", TINY / "maths_test.jsonl"]
-    run("grpo", *flags, "--steps", 1, "--today", "2001-02-03", "--output-dir", tmp_path / "run")
-    run("grpo", "--resume", tmp_path / "run", "--steps", 2)
+    maths = str(TINY / "maths_test.jsonl")
+    settings = {"model": str(tmp_path / "model"), "dataset": maths, "eval_dataset": maths, "today": "2001-02-03"}
+    quick("grpo", tmp_path / "run", **settings)
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert len(prompts) >= 6 and all(prompt.startswith("03 Feb 2001") for prompt in prompts)
+    assert len(prompts) >= 4 and all(prompt.startswith("03 Feb 2001") for prompt in prompts)
 
 
 # ---------------------------------------------------------------------------------------------- rows
 
-CONVERSATION = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]
-SAME_CHAT = [  # each of these rows is read as the same conversation
-    {"prompt": "1+1=?", "completion": "2"},
-    {"messages": CONVERSATION, "text": None, "prompt": None},
-    {"messages": json.dumps(CONVERSATION)},
-    {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]},
-    {"question": "1+1=?", "answer": "2", "text": "1+1=?2"},
-    {"problem": "1+1=?", "solution": "2", "answer": "3"},
-    {"conversations": [{"from": "human", "value": "1+1=?", "weight": None}, {"from": "gpt", "value": "2"}]},
-    {"conversation": [{"input": "1+1=?", "output": "2"}]},
-    {"messages": json.dumps(CONVERSATION, indent=1)},
-    {"question": "1+1=?", "answer": 2},
-    {"question": "1+1=?", "answer": ["2", "two"]},
-]
-UNUSABLE = [
-    {"prompt": "1+1=?", "completion": "", "answer": None},
-    {"prompt": "1+1=?", "completion": "  ", "answer": ""},
-    {"prompt": "1+1=?", "completion": None, "answer": "#### "},
-    {"prompt": 5, "completion": "2", "answer": "2"},
-    {"prompt": ["hello"], "completion": "2", "answer": "2"},
-    {"prompt": [], "completion": "2", "answer": "2"},
-    {"prompt": [{"role": "user", "content": None}], "completion": "2", "answer": "2"},
-    {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "2", "answer": "2"},
-    {"prompt": "x", "completion": [{"role": "assistant", "content": None}], "answer": [None]},
-    {"prompt": "x", "completion": [{"role": "assistant", "content": " "}], "reward_model": {"ground_truth": None}},
-    {"q": 1},
-    {"messages": []},
-    {"messages": [{"role": "user", "content": "hello"}]},
-    {"prompt": "x", "completion": "y", "answer": "z", "tools": '"look"'},
-]
+SAME_CHAT = [case["same"] for case in cases("same")]  # each of these rows is read as the same conversation
 
 
 def test_rows_are_read_in_the_formats_of_the_ecosystem(tokenizer):
@@ -281,7 +241,7 @@ def test_rows_are_read_in_the_formats_of_the_ecosystem(tokenizer):
 def test_rows_that_cannot_be_used_are_dropped_and_counted(tokenizer, tmp_path, capsys):
     good = [{"prompt": f"{i}+1=?", "completion": str(i + 1), "answer": i + 1} for i in range(3)]
     lines = '{broken\n[1]\n\n{"prompt": "\\ud83d 1+1", "completion": "2", "answer": "2"}'
-    data = load_rows(jsonl(tmp_path / "d.jsonl", *good, *UNUSABLE, lines))
+    data = load_rows(jsonl(tmp_path / "d.jsonl", *good, *[case["unusable"] for case in cases("unusable")], lines))
     kept = encode_conversations(tokenizer, data, "d", 99)
     assert kept["index"][:] == [0, 1, 2, 5, len(data) - 1]  # a text of "####" can be learned, but answers nothing
     told = capsys.readouterr().out
@@ -353,41 +313,13 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert [json.loads(row["line of JSON"])["question"] for row in load_rows(str(tmp_path / "d.jsonl"))] == [text]
 
 
-# Rows in the exact shape in which these data sets are published, by what the scripts make of them.
-SEARCHED = {"title": ["Ada"], "sent_id": [0]}
-PUBLISHED = {
-    "openai/gsm8k": {"question": "1+1=?", "answer": "1+1 is <<1+1=2>>2.\n#### 2"},
-    "HuggingFaceH4/MATH-500": {"problem": "$1+1$", "solution": "It is $\\boxed{2}$.", "answer": "2",
-                               "subject": "Algebra", "level": 1, "unique_id": "test/1.json"},
-    "hendrycks/MATH": {"problem": "$1+1$", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{2}$."},
-    "HuggingFaceH4/ultrafeedback_binarized": {
-        "prompt": "1+1=?", "prompt_id": "f0", "chosen": CONVERSATION, "rejected": [CONVERSATION[0], REPLY],
-        "messages": CONVERSATION, "score_chosen": 8.5, "score_rejected": 2.0},
-    "allenai/tulu-3-sft-mixture": {"id": "a_1", "messages": CONVERSATION, "source": "ai2-adapt-dev/flan_v2"},
-    "teknium/OpenHermes-2.5": {
-        "custom_instruction": None, "topic": None, "model_name": None, "model": None, "skip_prompt_formatting": False,
-        "category": "orca", "views": None, "language": None, "id": None, "title": None, "idx": None, "hash": None,
-        "avatarUrl": None, "system_prompt": None, "source": "airoboros2.2",
-        "conversations": [{"from": "human", "value": "1+1=?", "weight": None},
-                          {"from": "gpt", "value": "2", "weight": None}]},
-    "google-research-datasets/nq_open": {"question": "1+1=?", "answer": ["2", "two"]},
-    "RUC-NLPIR/FlashRAG_datasets": {"id": "test_0", "question": "1+1=?", "golden_answers": ["2", "two"]},
-    "hotpotqa/hotpot_qa": {"id": "5a", "question": "1+1=?", "answer": "2", "type": "bridge", "level": "hard",
-                           "supporting_facts": SEARCHED, "context": {"title": ["Ada"], "sentences": [["2", "x"]]}},
-    "BytedTsinghua-SIA/DAPO-Math-17k": {
-        "data_source": "math_dapo", "prompt": CONVERSATION[:1], "ability": "MATH",
-        "reward_model": {"ground_truth": "2", "style": "rule-lighteval/MATH_v2"}, "extra_info": {"index": "9a"}},
-}  # fmt: skip
-SCRIPTS = {"sft": ("gsm8k", "MATH", "ultra", "tulu", "Hermes"), "reward_model": ("ultra",),
-           "grpo": ("gsm8k", "MATH", "nq_open", "FlashRAG", "hotpot", "DAPO")}  # fmt: skip
+PUBLISHED = [(script, case) for case in cases("published", "scripts", "row") for script in case["scripts"]]
 
 
-@pytest.mark.parametrize("script,name", [
-    (script, name) for script, parts in SCRIPTS.items() for name in PUBLISHED if any(part in name for part in parts)
-])  # fmt: skip
-def test_published_rows_work_as_they_come(script, name, tmp_path):
+@pytest.mark.parametrize("script,case", PUBLISHED, ids=[f"{script} {case['published']}" for script, case in PUBLISHED])
+def test_rows_in_the_shape_in_which_data_sets_are_published_work_as_they_come(script, case, tmp_path):
     file = str(tmp_path / "rows.parquet")
-    datasets.Dataset.from_list([PUBLISHED[name]] * 4).to_parquet(file)
+    datasets.Dataset.from_list([case["row"]] * 4).to_parquet(file)
     row = quick(script, tmp_path / "run", dataset=(file,) if script == "sft" else file, eval_dataset=file)
     if script != "grpo":
         assert row["loss/train"] > 0
@@ -400,52 +332,9 @@ def test_published_rows_work_as_they_come(script, name, tmp_path):
 # ---------------------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("text,gold,right", [
-    # where the answer stands
-    ("<think>1+1=3</think><answer>2</answer>", "2", True), ("<think><answer>2</answer></think>", "2", False),
-    ("<answer>12</answer> or rather <answer>13</answer>", "12", False), ("\\boxed{7} or \\boxed{-3}", "-3", True),
-    ("\\boxed{\\frac{3}{\\sqrt{5}}}", "3", False), ("\\boxed{a_{1_{2}}}", "a_{1_{2}}", True),
-    ("<answer>\\boxed{81}</answer>", "81", True), ("\\boxed 9", "9", True),
-    ("#### 81\n\nI hope that this helps!", "81", True), ("#### **81**", "81", True),
-    ("#### Step 3: add up\n4*5 = 20, so it is 20.", "20", True), ("#### Result\n20", "20", True),
-    ("She sold\n#### 1,234.", "#### 1234", True), ("Natalia sold 72", "She sold\n#### 72", True),
-    ("The answer is Rome.", "Rome", True), ("no idea", "5", False),
-    # reasoning that was never closed
-    ("<think>perhaps 7", "7", False), ("<think>a</think> 6 <think>or 7", "7", False),
-    # the last number
-    ("It is 3/4", "4", False), ("It is 3/4", "0.75", True), ("from 5-15", "15", True), ("it fell to -15", "-15", True),
-    ("about .25", "0.25", True), ("the answer is 5, not 6", "5", False), ("it costs $1,200.00", "1200", True),
-    # numbers are compared exactly
-    ("<answer>12345678901234567890</answer>", "12345678901234567891", False),
-    ("<answer>0.1</answer>", "0.10000000000000001", False), ("<answer>1/3</answer>", "0.3333", False),
-    ("<answer>2/6</answer>", "1/3", True), ("<answer>1 1/2</answer>", "1.5", True),
-    ("<answer>9,9</answer>", "99", False), ("<answer>12,34</answer>", "1234", False),
-    ("<answer>9,999</answer>", "9999", True), ("\\boxed{2{,}500}", "2500", True), ("\\boxed{\\frac12}", "0.5", True),
-    ("<answer>50%</answer>", "50", True), ("<answer>50%</answer>", "0.5", True), ("<answer>0.5</answer>", "50", False),
-    ("<answer>x = 5</answer>", "5", True), ("<answer>1/0</answer>", "1", False),
-    ("<answer>1e99999999</answer>", "1", False), ("<answer>" + "9" * 9999 + "</answer>", "9", False),
-    # units and signs
-    ("\\boxed{35 \\text{ cm}}", "35", True), ("#### 35 euros", "35", True), ("\\boxed{\\$35}", "35", True),
-    ("<answer>5 or 6</answer>", "5", False), ("<answer>10:30</answer>", "10", False),
-    ("It is \u22127 degrees", "-7", True), ("It is \u22127 degrees", "7", False),
-    # numbers in sentences, phrases, mathematics
-    ("The total is 1,234, as shown", "1234", True), ("On day 5 18 people came", "18", True),
-    ("The final answer is:\n\n18", "18", True), ("**Answer:**\n18", "18", True),
-    ("#### $x = 5$\nCheck: 2*5", "5", True), ("Let me check that the answer is right.\nTotal: 18", "18", True),
-    ("Paris", "Paris", True), ("Put it in <answer> tags: <answer>72</answer>", "72", True),
-    ("\\boxed{2\\frac{1}{2}}", "2.5", True), ("\\boxed{2*5}", "25", False),
-    ("\\boxed{\\frac{1+x}{2}}", "1+\\frac{x}{2}", False), ("\\boxed{[1,2]}", "(1,2)", False),
-    ("<answer>3ab</answer>", "3xy", False), ("<answer>20 dollars</answer>", "20th Century Fox", False),
-    ("<answer>1</answer>", "1 World Trade Center", False), ("<answer>18</answer>", "18 miles", True),
-    ("<answer>18 km</answer>", "18 miles", False), ("#### 1st step: add\n9+9 is 18", "18", True),
-    # text
-    ("<answer>(C)</answer>", "C", True), ("<answer>C.</answer>", "C", True), ("<answer>C#</answer>", "C", False),
-    ("<answer>u.k.</answer>", "UK", True), ("<answer>Eagles</answer>", "The Eagles", True),
-    ("<answer>A</answer>", "B", False), ("<answer>two</answer>", ["2", "Two"], True),
-    ("<answer>three</answer>", ["2", "two"], False),
-])  # fmt: skip
-def test_answers_are_read_as_people_write_them(text, gold, right):
-    assert is_correct(text, gold) == right, final_answer(text)
+def test_answers_are_read_as_people_write_them():
+    rows = [*cases("text", "gold", "right"), {"text": f"<answer>{'9' * 9999}</answer>", "gold": "9", "right": False}]
+    assert [row for row in rows if is_correct(row["text"], row["gold"]) != row["right"]] == []
 
 
 @pytest.mark.parametrize("text", ["<answer>18" + " " * 60_000 + "x 1</answer>", "9" * 60_000,
