@@ -16,10 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, jsonl, metrics, run
+from conftest import ROOT, TINY, cases, jsonl, lines_of, metrics, run
 from test_core import quick
 from test_mathematics import close
-from test_rlvr_math import cases, lines_of
 
 import agentic
 from agentic import EMBEDDED, Call, Dialogue, Environment, Player, ToolQuestions, Tools, Trajectory

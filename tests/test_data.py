@@ -6,9 +6,8 @@ import time
 
 import datasets
 import pytest
-from conftest import TINY, jsonl
+from conftest import TINY, cases, jsonl
 from test_core import quick
-from test_rlvr_math import cases
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -23,9 +23,8 @@ ARGS = dpo.Args(simpo_gamma=1.0, undesirable_weight=1.3)
 LOSSES = [*dpo.PAIR_LOSSES, "kto"]
 FEW = str(first_rows("preferences_train.jsonl", 240))
 same = torch.testing.assert_close
-unseen = patch("matplotlib.figure.Figure.savefig", lambda *args, **settings: None)  # test_core.py has the pictures,
-unasked = patch.object(dpo, "evaluate_answers", lambda *args: ({}, []))  # which take half of the time, as samples do
-sampled_quick = unseen(partial(test_core.quick, "dpo", batch_size=4, warmup_steps=1, dataset=FEW))
+unasked = patch.object(dpo, "evaluate_answers", lambda *args: ({}, []))  # whose samples take half of the time
+sampled_quick = partial(test_core.quick, "dpo", batch_size=4, warmup_steps=1, dataset=FEW)
 quick = unasked(partial(sampled_quick, max_completion_tokens=24))
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from conftest import TINY, fails, first_rows, metrics, run, weights
+from conftest import TINY, fails, first_rows, metrics, weights
 from test_common import check_sampler, logprobs_alone
+from test_core import quick
 
 from common import kl
 from common.generation import Sampler
@@ -47,12 +48,10 @@ FALLS_BACK = {
     "Mamba": {**SIZES, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
 }  # fmt: skip
 SHORT = {
-    "sft": ["--batch-size", 8, "--max-length", 64, "--dataset", first_rows("demonstrations_train.jsonl", 60)],
-    "grpo": ["--batch-size", 2, "--num-samples", 8, "--eval-samples", 1, "--max-completion-tokens", 24,
-             "--reference", TINY, "--beta", 1, "--dataset", first_rows("maths_train.jsonl", 60)],
-    "dpo": ["--batch-size", 4, "--eval-samples", 1, "--max-completion-tokens", 24,
-            "--dataset", first_rows("preferences_train.jsonl", 60)],
-}  # fmt: skip
+    "sft": {"dataset": (str(first_rows("demonstrations_train.jsonl", 24)),)},
+    "grpo": {"dataset": str(first_rows("maths_train.jsonl", 24)), "num_samples": 8, "reference": str(TINY), "beta": 1},
+    "dpo": {"dataset": str(first_rows("preferences_train.jsonl", 24)), "max_completion_tokens": 24},
+}
 
 
 def build(kind: str):
@@ -107,14 +106,13 @@ def saved(kind: str, folder, tokenizer):
 
 
 @pytest.mark.parametrize("script,kind", [
-    ("sft", "Llama"), ("grpo", "Qwen2"), ("dpo", "Gemma3"), ("sft", "Phi3"), ("grpo", "Mistral"), ("dpo", "Olmo2"),
-    ("grpo", "GPT2"), ("dpo", "GPT2"), ("sft", "Qwen3Moe"), ("grpo", "Granite"), ("dpo", "Cohere"),
+    ("dpo", "Gemma3"), ("sft", "Phi3"), ("grpo", "GPT2"), ("dpo", "GPT2"), ("sft", "Qwen3Moe"), ("grpo", "Granite"),
     ("sft", "Mamba"), ("grpo", "Gemma2"), ("dpo", "Bamba"),
 ])  # fmt: skip
-def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
-    flags = [*SHORT[script], "--model", saved(kind, tmp_path / "start", tokenizer), "--steps", 2, "--warmup-steps", 1]
-    told = run(script, *flags, "--eval-every", 0, "--eval-rows", 4, "--output-dir", tmp_path / "run")
-    assert ("model.generate instead" in told) == (kind in FALLS_BACK)
+def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer, capsys):
+    start = str(saved(kind, tmp_path / "start", tokenizer))
+    quick(script, tmp_path / "run", model=start, steps=2, warmup_steps=1, **SHORT[script])
+    assert ("model.generate instead" in capsys.readouterr().err) == (kind in FALLS_BACK)
     first, last = metrics(tmp_path / "run")[1:]
     assert first["optim/grad_norm"] > 0 and last["step"] == 2 and first.get("policy/sampler_gap", 0) < 1e-5
     before, after = weights(tmp_path / "start"), weights(tmp_path / "run")
@@ -122,7 +120,7 @@ def test_two_steps_with_any_model(script, kind, tmp_path, tokenizer):
 
 
 def test_what_a_model_cannot_do_is_told(tmp_path, tokenizer, capsys, monkeypatch):
-    flags = [*SHORT["sft"], "--model", saved("Gemma2", tmp_path, tokenizer), "--output-dir", tmp_path / "run"]
+    flags = ["--dataset", TINY / "demonstrations_test.jsonl", "--model", saved("Gemma2", tmp_path, tokenizer)]
     assert "those of this gemma2 model are padded" in fails("sft", *flags, processes=2)
     kl.load_model(str(saved("Qwen3Moe", tmp_path / "moe", tokenizer)), "cpu")
     assert "load-balancing loss" in capsys.readouterr().out

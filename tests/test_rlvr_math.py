@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, run
+from conftest import ROOT, TINY, cases, lines_of, metrics, run
 from test_core import quick
 from test_mathematics import close
 
@@ -21,18 +21,6 @@ from common.generation import Completion, Sampler
 from common.kl import RewardModel
 from common.tokenizer import encode_prompt, stop_token_ids
 from rlvr_math import WORKERS, grade, normal_form, number, stated_answer, winner
-
-
-def lines_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def cases(*columns: str) -> list[dict]:
-    """Rows of cases.jsonl with these columns: what models, data sets and cheats write, and what is to come of it."""
-    rows = [row for row in lines_of(ROOT / "tests" / "cases.jsonl") if list(row) == list(columns)]
-    assert rows
-    return rows
-
 
 # ---------------------------------------------------------------------------------------------- the verifier
 

@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, first_rows, jsonl, run
+from conftest import TINY, cases, first_rows, jsonl, lines_of, run
 from test_core import quick
-from test_rlvr_math import cases, lines_of
 
 import sft
 from common.generation import Completion, Speaker, self_instruct
