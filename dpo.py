@@ -284,6 +284,7 @@ def main(args: Args) -> dict:
             sampling = (tokenizer, asked, args, seed, device, bfloat16, rank, world)  # detail 10
             path = run.folder / f"pairs-{iteration:04d}.pt"
             pairs, fresh = kept(path, lambda s=sampling: sample_pairs(new_sampler(), *s), rank)
+            fresh = {} if place else fresh  # else logged before the kill
             assert pairs, f"iteration {iteration}: all samples of a prompt have equal rewards, so no pair can be made"
             example = with_mismatches(pairs, seed) if is_kto else pairs.__getitem__
             order = shuffled_passes(len(pairs), steps_a_round * args.batch_size, args.seed + iteration)

@@ -1,24 +1,18 @@
 """What several test files share: the embedded model, and running a script as a user would."""
 
 import atexit
-import importlib
-import io
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
-import traceback
 import weakref
 from collections import Counter
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from multiprocessing import forkserver
+from contextlib import nullcontext
+from multiprocessing.connection import wait
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -26,12 +20,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, so 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import tyro  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
 PATIENCE = 1500  # seconds for one run, of which a real model on a busy machine takes many
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
+
+# Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,
+# and forks a process for every run.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["preload"])
+os.environ["PYTHONPATH"] = os.pathsep.join([f"{ROOT}/tests", os.environ.get("PYTHONPATH", "")])  # where preload.py is
+
+# Drawing is a third of a short run: only the test of the picture does it.
+SAVEFIG = Figure.savefig
+Figure.savefig = lambda figure, path, **how: Path(path).write_bytes(b"a picture")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -123,160 +127,83 @@ def graphs_on_a_cpu(monkeypatch):
     return counts
 
 
-# Importing torch and transformers takes longer than most of the runs: a server imports them once, computes nothing,
-# and forks a process for every run.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["preload"])
+PARTS = {"log": "log", "save": "checkpoint", "finish": "model"}  # by the methods of Run
 
 
-def ensure_server() -> None:
-    """Start the server, unless it runs, where it finds preload.py (it does not take over this process's path)."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), before]))
-    forkserver.ensure_running()
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+def die_at(moment: str) -> None:
+    """Have SIGKILL end this process at its n-th moment of a kind in a part of the script: `part kind#n`.
 
-
-class Moments:
-    """Counts what a run does, told apart by the part of the script that does it, and can kill it at any such moment.
-
-    Moments are files opened for writing, moved or removed in the output folder, forwards, and decoding steps. With
-    MOMENTS in the environment their counts are written to that file; with DIE_AT, `label#n` is the last one lived.
+    Kinds are files opened for writing, moved or removed in the output folder, forwards, and decoding steps.
     """
+    from common import generation, kl
 
-    PARTS = {"save_checkpoint": "checkpoint", "save_model": "model", "save_reward_models": "model", "log": "log"}
-    PARTS |= {"save": "checkpoint", "finish": "model"}
+    (label, number), counts = moment.split("#"), Counter()
 
-    def __init__(self, environment: dict):
-        from common import generation, kl
-
-        self.counts, self.report = Counter(), environment.get("MOMENTS")
-        self.last = environment.get("DIE_AT")
-        sys.addaudithook(self.audit)
-        kl.hidden_states = self.noting("forward", kl.hidden_states)
-        generation._Slots.decode = self.noting("token", generation._Slots.decode)
-
-    def noting(self, kind: str, function):
-        def wrapped(*args, **kwargs):
-            self.note(kind)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    def audit(self, event: str, args: tuple) -> None:
-        is_written = event == "open" and isinstance(args[1], str) and args[1][0] in "wax"
-        if (is_written or event in ("os.rename", "os.mkdir", "os.remove")) and "run_to_kill" in str(args[0]):
-            self.note("file")
-
-    def note(self, kind: str) -> None:
+    def note(kind: str) -> None:
         frame, part = sys._getframe(), "training"
         while frame := frame.f_back:
             name = frame.f_code.co_name
-            part = "evaluation" if name.startswith("evaluate") else self.PARTS.get(name, part)
-        label = f"{part} {kind}"
-        self.counts[label] += 1
-        if f"{label}#{self.counts[label]}" == self.last:
+            part = "evaluation" if name.startswith("evaluate") else PARTS.get(name, part)
+        counts[f"{part} {kind}"] += 1
+        if counts[label] == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def finish(self) -> None:
-        if self.report:
-            Path(self.report).write_text(json.dumps(self.counts))
+    def audit(event: str, args: tuple) -> None:
+        is_written = event == "open" and isinstance(args[1], str) and args[1][0] in "wax"
+        if (is_written or event in ("os.rename", "os.mkdir", "os.remove")) and "run_to_kill" in str(args[0]):
+            note("file")
+
+    def noting(kind: str, function):
+        return lambda *args, **kwargs: note(kind) or function(*args, **kwargs)
+
+    sys.addaudithook(audit)
+    kl.hidden_states = noting("forward", kl.hidden_states)
+    generation._Slots.decode = noting("token", generation._Slots.decode)
 
 
-def as_main(script: str, arguments: list[str], cwd: str, output: str, limit: int | None, environment: dict) -> None:
+def as_main(script: str, arguments: list[str], cwd: str, output: str, environment: dict) -> None:
     """What `python script.py arguments` does, in a process that exists already; prints into the file `output`."""
     os.environ.update(environment)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(output, os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.chdir(cwd)
     sys.argv, sys.path[:0] = [f"{script}.py", *arguments], [cwd]
-    moments = Moments(environment) if {"MOMENTS", "DIE_AT"} & environment.keys() else None
-    code = 0
+    if "DIE_AT" in environment:
+        die_at(environment["DIE_AT"])
     try:
         runpy.run_path(f"{script}.py", run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        if code and not isinstance(exit.code, int):
-            print(exit.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    if moments:
-        moments.finish()
-    atexit._run_exitfuncs()  # temporary folders are removed by these
-    os._exit(code)
+    finally:
+        atexit._run_exitfuncs()  # temporary folders are removed by these
 
 
-class Started:
-    """A script that runs: its process, and what it has printed."""
-
-    def __init__(self, script: str, arguments: list[str], cwd: Path, limit: int | None, environment: dict):
-        self.output = tempfile.NamedTemporaryFile("r")
-        ensure_server()
-        target = (script, arguments, str(cwd), self.output.name, limit, environment)
-        self.process = SERVER.Process(target=as_main, args=target)
-        self.process.start()
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def finish(self, timeout: float) -> tuple[int, str]:
-        """Its exit status and all that it printed."""
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.output.read()[-3000:]}"
-        return self.process.exitcode, self.output.read()
-
-
-def start(script: str, *args, cwd=ROOT, limit: int | None = None, environment: dict | None = None) -> Started:
-    """Start a script; `limit` bounds the size in bytes of any file it writes, as a full disk does."""
-    return Started(script, list(map(str, args)), cwd, limit, environment or {})
-
-
-def start_several(script: str, count: int, *args, **kwargs) -> list[Started]:
-    """The processes that torchrun would start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    common["LOCAL_WORLD_SIZE"] = str(count)
-    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [start(script, *args, environment=rank, **kwargs) for rank in ranks]
-
-
-def finished(
-    script: str, args, processes: int = 1, interpreter: bool = False, torchrun: int = 0, cwd=ROOT, **kwargs
-) -> tuple[int, str]:
-    """Exit status and output of a script, run from a server in one process or several (the worst status, the first
-    process's output), by torchrun, or by an interpreter of its own."""
+def finished(script: str, args, processes: int = 1, cwd=ROOT, environment: dict | None = None) -> tuple[int, str]:
+    """Exit status and output of a script, in one process or in several as torchrun starts them: the first status that
+    is not 0, and the output of the first process and of those that broke."""
+    ranks = [environment or {}]
     if processes > 1:
-        group = start_several(script, processes, *args, cwd=cwd, **kwargs)
-        deadline = time.time() + PATIENCE
-        while any(process.poll() is None for process in group) and not any(process.poll() for process in group):
-            assert time.time() < deadline, f"still running after {PATIENCE} s: {group[0].output.read()[-3000:]}"
-            time.sleep(0.05)
-        for process in group:  # where one has failed the others may wait for it for ever
-            process.process.kill()
-        done = [process.finish(PATIENCE) for process in group]
-        broken = next((output for _, output in done[1:] if "Traceback" in output), "")
-        return max((abs(status) for status, _ in done)), done[0][1] + broken
-    if not (torchrun or interpreter):
-        return start(script, *args, cwd=cwd, **kwargs).finish(PATIENCE)
-    launcher = [sys.executable]
-    if torchrun:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
-    done = subprocess.run(
-        [*launcher, f"{script}.py", *map(str, args)], cwd=cwd, text=True, timeout=PATIENCE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    outputs = [tempfile.NamedTemporaryFile("r") for _ in ranks]
+    group = []
+    for output, rank in zip(outputs, ranks):
+        arguments = (script, list(map(str, args)), str(cwd), output.name, rank)
+        group.append(SERVER.Process(target=as_main, args=arguments))
+        group[-1].start()
+    while (running := [process for process in group if process.exitcode is None]) and not any(
+        process.exitcode for process in group
+    ):
+        assert wait([process.sentinel for process in running], PATIENCE), f"still running: {outputs[0].read()[-3000:]}"
+    for process in group:  # where one has failed the others may wait for it for ever
+        process.kill()
+        process.join()
+    told = [output.read() for output in outputs]
+    broken = next((output for output in told[1:] if "Traceback" in output), "")
+    return next((process.exitcode for process in group if process.exitcode), 0), told[0] + broken
 
 
 def run(script: str, *args, **kwargs) -> str:
@@ -291,20 +218,6 @@ def fails(script: str, *args, **kwargs) -> str:
     status, output = finished(script, args, **kwargs)
     assert status != 0 and "Traceback" not in output, output[-3000:]
     return output
-
-
-def refuses(script: str, *args) -> str:
-    """What a script says when it ends with a sentence, as `fails`, but in this process: for what it soon refuses."""
-    module, said = importlib.import_module(script), io.StringIO()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as ended, redirect_stdout(said), redirect_stderr(said):
-            module.main(tyro.cli(module.Args, args=list(map(str, args))))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert ended.value.code not in (0, None)
-    return f"{said.getvalue()}{ended.value.code}\n"
 
 
 SCRATCH = tempfile.TemporaryDirectory()

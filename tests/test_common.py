@@ -1,28 +1,17 @@
 """Packing, loading and the sampler: the invariants that every script rests on."""
 
 import gc
-import os
-import time
 import weakref
-from contextlib import suppress
 
 import pytest
 import torch
-from conftest import PATIENCE, SERVER, TINY, ensure_server
+from conftest import TINY
 from transformers import AutoModelForCausalLM
 
 from common import generation, kl
 from common.generation import Sampler, draw
 from common.kl import token_logprobs
 from common.tokenizer import Segment, pack, pack_completions, render_chat, split_by_tokens, stop_token_ids
-
-CHAT = [
-    {"role": "user", "content": "12+30=?"},
-    {"role": "assistant", "content": "<answer>42</answer>"},
-    {"role": "user", "content": "and 1+1?"},
-    {"role": "assistant", "content": "<think>1+1=2</think><answer>2</answer>"},
-]
-
 
 # ---------------------------------------------------------------------------------------------- padding and packing
 
@@ -34,9 +23,9 @@ def logprobs_alone(model, ids: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].float()
 
 
-def some_documents(count: int = 6) -> list[list[int]]:
+def some_documents() -> list[list[int]]:
     torch.manual_seed(3)
-    return [torch.randint(13, 108, (n,)).tolist() for n in (5, 40, 2, 17, 33, 9)[:count]]
+    return [torch.randint(13, 108, (n,)).tolist() for n in (5, 40, 2, 17, 33)]
 
 
 def test_t7_sft_detail_3_packing_changes_nothing(model, monkeypatch):
@@ -56,21 +45,17 @@ def test_t7_sft_detail_3_packing_changes_nothing(model, monkeypatch):
 
 def test_ppo_detail_9_shared_prompts_give_the_same_gradient(model):
     torch.manual_seed(0)
-    prompts, completions = [[20, 30, 40, 50]] * 3 + [[60, 61]] * 2, some_documents(5)
+    prompts, completions = [[20, 30, 40, 50]] * 3 + [[60, 61]] * 2, some_documents()
     upstream = torch.randn(sum(map(len, completions)))
-
-    def gradient(logprobs):
-        model.zero_grad()
-        (logprobs * upstream).sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
     together, _ = token_logprobs(model, pack_completions(prompts, completions))
-    shared = gradient(together)
     alone = torch.cat([token_logprobs(model, pack_completions([p], [c]))[0] for p, c in zip(prompts, completions)])
-    torch.testing.assert_close(shared, gradient(alone), atol=1e-4, rtol=1e-3)
     expected = torch.cat([logprobs_alone(model, p + c)[len(p) - 1 :] for p, c in zip(prompts, completions)])
+    gradients = []
     for found in (together, alone):
         torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)
+        gradients.append(torch.autograd.grad((found * upstream).sum(), list(model.parameters())))
+    for shared, single in zip(*gradients):
+        torch.testing.assert_close(shared, single, atol=1e-4, rtol=1e-3)
 
 
 def test_samples_do_not_depend_on_earlier_calls(model, monkeypatch):
@@ -94,56 +79,50 @@ def test_split_by_tokens():
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_and_note(rank: int, folder) -> None:
-    """Load a model as one of three processes of a machine, the second of which cannot read it."""
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-
-    def load(*args, real=AutoModelForCausalLM.from_pretrained, **kwargs):
-        began = time.monotonic()
-        model = real(*args, **kwargs)
-        time.sleep(0.1)
-        (folder / str(rank)).write_text(f"{began} {time.monotonic()}")
-        if rank == 1:
-            raise OSError("no such file")
-        return model
-
-    AutoModelForCausalLM.from_pretrained = load
-    with suppress(SystemExit):
-        kl.load_model(str(TINY), "cpu")
-
-
-def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
+@pytest.mark.parametrize("rank", range(3))
+def test_processes_of_a_machine_load_one_after_the_other(rank, monkeypatch):
     """So that its memory holds one copy of the weights at a time; one that fails does not keep the others waiting."""
-    ensure_server()
-    processes = [SERVER.Process(target=load_and_note, args=(rank, tmp_path)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE)
-    times = [float(t) for rank in range(3) for t in (tmp_path / str(rank)).read_text().split()]
-    assert times == sorted(times) and [process.exitcode for process in processes] == [0] * 3
+    done = []
+
+    def load(*args, **kwargs):
+        done.append("load")
+        raise OSError("no such file")
+
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("wait"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(SystemExit, match="no such file"):
+        kl.load_model(str(TINY), "cpu")
+    assert done == ["wait"] * rank + ["load"] + ["wait"] * (2 - rank)
 
 
 # ---------------------------------------------------------------------------------------------- sampler
 
 
-def check_sampler(model, sampler, prompts, budget: int, samples: int = 3) -> list:
+def check_scores(model, prompt: list[int], completion) -> None:
+    expected = logprobs_alone(model, prompt + completion.ids)[len(prompt) - 1 :]
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-4)
+
+
+def check_sampler(model, sampler, prompts, budget: int) -> list:
     """Every sample's log-probabilities equal those of a fresh forward over its whole ids."""
-    groups = sampler.generate(prompts, budget, samples, seed=5)
+    groups, stops = sampler.generate(prompts, budget, 3, seed=5), set(sampler.stop_ids.tolist())
     for prompt, group in zip(prompts, groups):
         for completion in group:
-            expected = logprobs_alone(model, prompt + completion.ids)[len(prompt) - 1 :]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-4)
-            stops = sampler.stop_ids.tolist()
-            assert completion.stopped == (completion.ids[-1] in stops)
-            assert not set(completion.ids[:-1]) & set(stops)
+            check_scores(model, prompt, completion)
+            assert completion.stopped == (completion.ids[-1] in stops) and not set(completion.ids[:-1]) & stops
             assert completion.stopped or len(completion.ids) == budget
     return groups
 
 
 def some_prompts(tokenizer) -> list[list[int]]:
-    chats = [CHAT[:1], CHAT[:3], [{"role": "system", "content": "Think first."}, CHAT[0]]]
+    asked, told = ({"role": "user", "content": text} for text in ("12+30=?", "and 1+1?"))
+    answer, system = (
+        {"role": "assistant", "content": "<answer>42</answer>"},
+        {"role": "system", "content": "Think first."},
+    )
+    chats = [asked], [asked, answer, told], [system, asked]
     return [render_chat(tokenizer, chat, generation_prompt=True).ids for chat in chats]
 
 
@@ -165,7 +144,7 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer, sharing):
     assert drawn(Sampler(model, stops), tokenizer, 40, 4, 1.0, seed=8) != whole
 
 
-CALLS = [(24, 8, 1.0), (40, 8, 1.0), (200, 3, 1.0), (24, 8, 1.0), (24, 2, 0.0)]  # budget, samples, temperature
+CALLS = [(24, 4, 1.0), (40, 4, 1.0), (175, 1, 1.0), (24, 4, 1.0), (24, 2, 0.0)]  # budget, samples, temperature
 
 
 def drawn(sampler, tokenizer, budget, samples: int, temperature: float, seed: int = 3) -> list:
@@ -180,14 +159,14 @@ def test_graphs_draw_the_samples_of_plain_steps(model, tokenizer, request):
     expected = [drawn(Sampler(model, stops), tokenizer, *call) for call in CALLS]
     counts = request.getfixturevalue("graphs_on_a_cpu")
     sampler, bytes_of_a_row = Sampler(model, stops), 4 * 2 * 2 * 32 * 4 * 256
-    for memory, most_rows in ((None, 24), (5.5 * bytes_of_a_row / 1e9, 5)):
+    for memory, most_rows in ((None, 12), (5.5 * bytes_of_a_row / 1e9, 5)):
         sampler.memory_gb, sampler.slots = memory or sampler.memory_gb, None
         assert [drawn(sampler, tokenizer, *call) for call in CALLS] == expected
         assert sampler.slots.capacity == most_rows and sampler.slots.width == 256
     widths = {key[1] for key in sampler.slots.graphs}
     assert 128 in widths and len(widths) > 1 and counts["captures"] < counts["replays"] / 5
     before, slots = counts["captures"], weakref.ref(sampler.slots)
-    drawn(sampler, tokenizer, 201, 3, 1.0)  # a token more changes no shape
+    drawn(sampler, tokenizer, 176, 1, 1.0)  # a token more changes no shape
     assert counts["captures"] == before and sampler.slots is slots()
     assert counts["pools"] == 2 * 3  # for each memory: the first call's, a longer and the longest one's
     gc.disable()
@@ -227,8 +206,7 @@ def test_an_agents_turns_go_on_from_kept_keys_and_values(model, tokenizer, shari
         prefilled = sum(rows * width for rows, width in (shape for shape in fed if len(shape) == 2))
         assert len(sampler.kept) == 3 and (prefilled <= 3 * (1 + 4) or not turn)  # a token never fed, an observation
         for prompt, (completion,) in zip(prompts, groups):
-            expected = logprobs_alone(model, prompt + completion.ids)[len(prompt) - 1 :]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-4)
+            check_scores(model, prompt, completion)
         observations = [[13 + turn, 20, 21, 22][: 2 + i] for i in range(3)]
         prompts = [p + group[0].ids + o for p, group, o in zip(prompts, groups, observations)]
     sampler.sync()

@@ -1,6 +1,8 @@
 """The contract of the rewritten scripts: small, alike, exact on resume, the same in any split, and they learn."""
 
 import ast
+import copy
+import importlib
 import json
 import math
 import re
@@ -8,21 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, first_rows, metrics, run, same, start, timeless, weights
+from conftest import ROOT, SAVEFIG, TINY, finished, first_rows, jsonl, metrics, run, same, timeless, weights
+from matplotlib.figure import Figure
 
-import agentic
 import dapo
-import dpo
 import grpo
 import ppo
-import reward_model
 import rlvr_math
-import sft
 from common import kl
 from common.generation import Completion
 
@@ -30,42 +32,44 @@ BUDGETS = {"sft": 440, "reward_model": 580, "ppo": 600, "dpo": 560, "grpo": 500,
            "agentic": 820}  # fmt: skip
 SHARED_BUDGETS = {"tokenizer": 827, "generation": 898, "kl": 804}  # of common/
 PLUMBING = 190
-MODULES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "grpo": grpo, "dapo": dapo,
-           "rlvr_math": rlvr_math, "agentic": agentic}  # fmt: skip
-FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 240), "--eval-dataset", TINY / f"{name}_test.jsonl"]
+MODULES = {name: importlib.import_module(name) for name in BUDGETS}
+FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 64), "--eval-dataset", TINY / f"{name}_test.jsonl"]
        for name in ("demonstrations", "maths", "preferences", "steps", "tools")}  # fmt: skip
-BRIEF = ["--steps", 4, "--eval-every", 0, "--eval-rows", 8, "--save-every", 0]
-SAMPLED = [*BRIEF, *FEW["maths"], "--batch-size", 4, "--num-samples", 4, "--max-completion-tokens", 24]
-PAIRED = [*BRIEF, *FEW["preferences"], "--batch-size", 8]
-ACTED = [*BRIEF, *FEW["tools"], "--batch-size", 4, "--num-samples", 4, "--eval-samples", 1]
-CASES = {
-    "sft": ("sft", [*BRIEF, *FEW["demonstrations"], "--batch-size", 8]),
-    "grpo": ("grpo", SAMPLED),
+BRIEF = ["--steps", 3, "--eval-every", 0, "--eval-rows", 4, "--save-every", 1, "--batch-size", 4]
+SAMPLED = [*BRIEF, *FEW["maths"], "--num-samples", 4, "--max-completion-tokens", 24, "--eval-samples", 1]
+PAIRED = [*BRIEF, *FEW["preferences"]]
+ACTED = [*BRIEF, *FEW["tools"], "--num-samples", 4, "--max-completion-tokens", 48, "--eval-samples", 1]
+MAIN = {
+    "sft": ("sft", [*BRIEF, *FEW["demonstrations"], "--eval-samples", 1]),
+    "grpo": ("grpo", [*SAMPLED, "--eval-every", 2]),
     "dapo": ("dapo", [*SAMPLED, "--minibatches", 2, "--generation-batch-size", 6]),
     "reward_model": ("reward_model", PAIRED),
-    "dpo": ("dpo", PAIRED),
+    "dpo": ("dpo", [*PAIRED, "--eval-samples", 1, "--max-completion-tokens", 24]),
     "ppo": ("ppo", [*SAMPLED, "--reward-model", "None", "--update-epochs", 2]),
-    "rlvr_math": ("rlvr_math", [*SAMPLED, "--eval-samples", 2]),
+    "rlvr_math": ("rlvr_math", SAMPLED),
     "agentic": ("agentic", ACTED),
-    "agentic_turns": ("agentic", [*ACTED, "--credit", "turn", "--call-cost", 0.1, "--minibatches", 2, "--beta", 0]),
-    "reward_model_process": ("reward_model", [*BRIEF, *FEW["steps"], "--batch-size", 8, "--kind", "process"]),
+}  # fmt: skip
+KEEPING = {  # what a kill could lose
     "reward_model_ensemble": ("reward_model", [*PAIRED, "--ensemble-size", 2, "--normalisation", "scale"]),
-    "dpo_kto": ("dpo", [*PAIRED, "--loss", "kto"]),
-    "dpo_online": ("dpo", [*PAIRED, "--iterations", 2, "--epochs", 0.2]),
+    "dpo_online": ("dpo", [*MAIN["dpo"][1], "--iterations", 2, "--epochs", 0.2]),
+    "rlvr_math_rloo": ("rlvr_math", [*SAMPLED, "--algorithm", "rloo", "--beta", 0.1, "--minibatches", 2,
+                                     "--save-verified"]),
+    "sft_mixture": ("sft", [*MAIN["sft"][1], "--dataset", FEW["demonstrations"][1], TINY / "corpus.jsonl",
+                            "--neftune-alpha", 5]),
+    "grpo_lora": ("grpo", [*SAMPLED, "--lora-rank", 4]),
+}  # fmt: skip
+SUMMING = {  # what microbatches and processes could change
+    "agentic_turns": ("agentic", [*ACTED, "--credit", "turn", "--call-cost", 0.1, "--minibatches", 2, "--beta", 0]),
+    "reward_model_process": ("reward_model", [*BRIEF, *FEW["steps"], "--kind", "process"]),
+    "dpo_kto": ("dpo", [*MAIN["dpo"][1], "--loss", "kto"]),
     "ppo_ptx": ("ppo", [*SAMPLED, "--reward-model", "None", "--whiten-rewards", "--update-epochs", 1, "--ptx-dataset",
                         TINY / "demonstrations_test.jsonl"]),
-    "sft_mixture": ("sft", [*BRIEF, "--dataset", FEW["demonstrations"][1], TINY / "corpus.jsonl", "--batch-size", 8,
-                            "--neftune-alpha", 5]),
-    "grpo_minibatches": ("grpo", [*SAMPLED, "--update-epochs", 2, "--minibatches", 2, "--advantage", "rloo",
-                                  "--aggregation", "token"]),
+    "grpo_other": ("grpo", [*SAMPLED, "--update-epochs", 2, "--minibatches", 2, "--advantage", "rloo",
+                            "--aggregation", "token", "--surrogate", "cispo"]),
     "dapo_other": ("dapo", [*SAMPLED, "--minibatches", 1, "--overlong-filtering", "--no-dynamic-sampling",
-                            "--aggregation", "sequence", "--overlong-cache", 8]),
-    "rlvr_math_rloo": ("rlvr_math", [*SAMPLED, "--eval-samples", 2, "--algorithm", "rloo", "--beta", 0.1,
-                                     "--minibatches", 2, "--save-verified"]),
+                            "--aggregation", "constant", "--overlong-cache", 8]),
 }  # fmt: skip
-CASES |= {
-    f"{name}_lora": (name, [*CASES[name][1], "--lora-rank", 4]) for name in ("sft", "reward_model", "ppo", "grpo")
-}
+SUMMING |= {name: case for name, case in KEEPING.items() if name != "sft_mixture"}  # noise is drawn by microbatch
 
 
 def plumbing(script: str) -> str:
@@ -79,11 +83,17 @@ def fields_of(script: str) -> set[str]:
 def quick(script: str, folder, **changes) -> dict:
     """A short run in this process; returns its last metrics."""
     small = {"steps": 1, "batch_size": 2, "eval_rows": 2, "eval_samples": 1, "output_dir": str(folder), "device": "cpu"}
-    small |= (
-        {"num_samples": 2, "minibatches": 1, "max_completion_tokens": 24} if "minibatches" in fields_of(script) else {}
-    )
+    if "minibatches" in fields_of(script):
+        small |= {"num_samples": 2, "minibatches": 1, "max_completion_tokens": 24}
     small = {name: value for name, value in small.items() if name in fields_of(script)}
     return MODULES[script].main(replace(MODULES[script].EMBEDDED, **{**small, **changes}))
+
+
+def flagged(script: str, *flags) -> dict:
+    """What `python script.py flags` does, in this process; returns its last metrics."""
+    module = MODULES[script]
+    with patch.object(sys, "argv", [script, *map(str, flags)]):
+        return module.main(module.parse_args(module.Args, module.EMBEDDED))
 
 
 # ---------------------------------------------------------------------------------------------- the files
@@ -91,19 +101,22 @@ def quick(script: str, folder, **changes) -> dict:
 
 @pytest.mark.parametrize("script", MODULES)
 def test_a_script_keeps_to_its_budget_and_shares_its_plumbing(script):
-    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    source = (ROOT / f"{script}.py").read_text()
+    lines, tree = source.splitlines(), ast.parse(source)
     assert len(lines) <= BUDGETS[script] and max(map(len, lines)) <= 120
     assert plumbing(script).count("\n") <= PLUMBING and plumbing(script) == plumbing("sft")
-    docstring = ast.get_docstring(ast.parse("\n".join(lines)))
-    assert docstring.count("\n") < 45
-    done = subprocess.run(["ruff", "format", "--check", ROOT / f"{script}.py"], capture_output=True, text=True)
-    assert not done.returncode, done.stdout
+    assert ast.get_docstring(tree).count("\n") < 45
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name.name for node in imports for name in node.names} | {getattr(node, "module", "") for node in imports}
+    assert not {str(name).partition(".")[0] for name in names} & {*MODULES}
 
 
 def test_common_keeps_to_its_budgets():
-    lines = {name: len((ROOT / "common" / f"{name}.py").read_text().splitlines()) for name in SHARED_BUDGETS}
+    lines = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "common").glob("*.py")}
+    assert lines.pop("__init__") == 0 and lines.keys() == SHARED_BUDGETS.keys()
     assert all(lines[name] <= most for name, most in SHARED_BUDGETS.items()), lines
-    assert {path.stem for path in (ROOT / "common").glob("*.py")} == {*SHARED_BUDGETS, "__init__"}
+    done = subprocess.run(["ruff", "format", "--check", ROOT], capture_output=True, text=True)
+    assert not done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("script", MODULES)
@@ -119,22 +132,20 @@ def test_details_are_marked_in_the_code_and_tested(script):
 
 
 @pytest.mark.parametrize("script", MODULES)
-def test_help_imports_only_what_it_needs(script):
+def test_help_shows_the_defaults_of_the_run_without_a_model(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        MODULES[script].parse_args(MODULES[script].Args, MODULES[script].EMBEDDED)
+    told = capsys.readouterr().out
+    assert "--model" in told and "--resume" in told and "a memory knob" in told
+    assert "TINY" not in told and "common/tiny" in re.sub(r"[\s│]", "", told)
+
+
+def test_help_imports_only_what_it_needs():
     """What a run alone needs takes seconds to import."""
-    probe = f"import sys, {script}; print(sorted({{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
-    output = run(script, "--help", interpreter=True)
-    assert "--model" in output and "--resume" in output and "a memory knob" in output
-    assert "TINY" not in output and str(TINY) in output  # the defaults are those of the run without a model
-
-
-def test_a_script_imports_no_other_script():
-    scripts = {path.stem for path in ROOT.glob("*.py")}
-    for script in scripts:
-        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & scripts
+    probe = f"import sys, {', '.join(MODULES)}; print({{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_defaults_are_for_real_models_where_a_model_is_named(monkeypatch):
@@ -148,207 +159,193 @@ def test_defaults_are_for_real_models_where_a_model_is_named(monkeypatch):
     assert parsed("--dataset=mine.jsonl", "--eval-dataset", "x").eval_dataset == "x"
 
 
-def test_a_script_copied_with_common_runs_elsewhere(tmp_path):
+def test_a_copied_script_runs_elsewhere_and_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
     shutil.copy(ROOT / "grpo.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common")
-    output = run("grpo", "--steps", 1, "--eval-rows", 8, cwd=tmp_path, interpreter=True)
-    folder = tmp_path / "runs" / "grpo" / "latest"
-    assert (folder / "model" / "model.safetensors").exists() and "→" in output
+    with ThreadPool(2) as pool:
+        told = pool.starmap(
+            partial(run, cwd=tmp_path), [("grpo", "--steps", 1, "--batch-size", 2, "--eval-rows", 2)] * 2
+        )
+    assert all("eval/accuracy" in text for text in told)
+    links, folders = (
+        [path for path in (tmp_path / "runs" / "grpo").iterdir() if path.is_symlink() == is_link] for is_link in (1, 0)
+    )
+    assert len(folders) == 2 and all((folder / "model" / "model.safetensors").exists() for folder in folders)
+    assert [link.name for link in links] == ["latest"] and links[0].resolve() in folders
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
-    for name in ("grpo.py", "common"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    group = [start("grpo", "--steps", 1, "--eval-rows", 2, cwd=tmp_path) for _ in range(4)]
-    assert [process.finish(120)[0] for process in group] == [0] * 4
-    folders = [path for path in (tmp_path / "runs" / "grpo").iterdir() if not path.is_symlink()]
-    assert len(folders) == 4 and all((folder / "model").exists() for folder in folders)
+def test_curves_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+    run_ = grpo.Run(replace(grpo.EMBEDDED, output_dir=str(tmp_path)), 0, {"eval/accuracy": "accuracy", "eval/kl": "KL"})
+    run_.log(1, {"eval/accuracy": 0.5})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------- they learn
 
-# reproduce.py runs the defaults in full; here as much of them as a margin takes that no luck can bring.
-FEWER_ROWS = ["--eval-every", 0, "--eval-rows", 96, "--eval-samples", 2]
+
+# reproduce.py runs the defaults in full; here so few and long steps as a margin takes that no luck can bring.
+def trained(script: str, folder, *flags) -> tuple[dict, dict, list[dict]]:
+    """The first and the last metrics of a run, and those of its steps."""
+    few = ["--eval-every", 0, "--eval-rows", 96, "--eval-samples", 2, "--warmup-steps", 1, "--learning-rate", 1e-3]
+    few = few if script != "reward_model" else ["--eval-every", 0]
+    flagged(script, *few, *flags, "--output-dir", folder)
+    first, *steps = metrics(folder)
+    return first, steps[-1], steps
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_grpo_learns_to_think(seed, tmp_path):
-    run("grpo", "--seed", seed, "--steps", 22, *FEWER_ROWS, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    before, after = rows[0], rows[-1]
+    before, after, steps = trained("grpo", tmp_path, "--seed", seed, "--steps", 10, "--batch-size", 12)
     assert before["eval/accuracy"] <= 0.5 and before["eval/accuracy_greedy"] <= 0.5
     assert after["eval/accuracy"] >= 0.75 and after["eval/accuracy_greedy"] >= 0.9
     assert after["eval/completion_length"] > before["eval/completion_length"] + 6
-    assert max(r["policy/sampler_gap"] for r in rows[1:]) < 1e-6
-    assert max(r["policy/clip_fraction"] for r in rows[1:]) == 0
+    assert all(row["policy/sampler_gap"] < 1e-6 and row["policy/clip_fraction"] == 0 for row in steps)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_dapo_learns(seed, tmp_path):
-    run("dapo", "--seed", seed, "--steps", 9, *FEWER_ROWS, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)
-    assert rows[0]["eval/accuracy"] <= 0.5 and rows[-1]["eval/accuracy"] >= 0.8
-    assert rows[-1]["eval/completion_length"] > rows[0]["eval/completion_length"] + 8
-    assert max(r["policy/clip_fraction"] for r in rows[1:]) > 0  # later minibatches are off-policy: clipping has a use
-    generated = rows[-1]["prompts/generated"]
-    assert generated == 32 * sum(r["prompts/rounds"] for r in rows[1:]) > rows[-1]["prompts/trained"] == 9 * 16
+def test_dapo_learns_and_dapo_detail_14_its_metrics_are_of_all_that_was_generated(seed, tmp_path):
+    before, after, steps = trained("dapo", tmp_path, "--seed", seed, "--steps", 5, "--learning-rate", 4e-4)
+    assert before["eval/accuracy"] <= 0.5 and after["eval/accuracy"] >= 0.8
+    assert after["eval/completion_length"] > before["eval/completion_length"] + 8
+    assert max(row["groups/all_correct"] + row["groups/all_wrong"] for row in steps) > 0
+    assert max(row["policy/clip_fraction"] for row in steps) > 0  # later minibatches are off-policy
+    generated = 32 * sum(row["prompts/rounds"] for row in steps)
+    assert after["prompts/generated"] == generated > after["prompts/trained"] == 5 * 16
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_sft_learns_and_its_model_answers_through_generate(seed, tmp_path):
+def test_sft_learns_its_model_answers_through_generate_and_a_student_is_pulled_towards_it(seed, tmp_path):
+    """--reference names the teacher, the leash becomes the signal: the KL to it falls, and accuracy follows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run("sft", "--seed", seed, "--steps", 45, *FEWER_ROWS, "--output-dir", tmp_path / "sft")
-    rows = metrics(tmp_path / "sft")
-    assert rows[-1]["eval/accuracy"] >= rows[0]["eval/accuracy"] + 0.3
-    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    before, after, _ = trained("sft", tmp_path / "sft", "--seed", seed, "--steps", 15, "--batch-size", 24)
+    assert after["eval/accuracy"] >= before["eval/accuracy"] + 0.3 and after["eval/loss"] < before["eval/loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
     chat = [{"role": "user", "content": "12+30=?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**ids, max_new_tokens=60, do_sample=False)
     assert "<answer>42</answer>" in tokenizer.decode(out[0]) and out[0, -1] == 0
+    flags = ["--reference", tmp_path / "sft" / "model", "--beta", 1, "--kl-estimator", "k2", "--reward-scale", 0]
+    before, after, steps = trained("grpo", tmp_path / "student", *flags, "--steps", 5, "--batch-size", 8)
+    assert after["policy/kl"] < 0.3 * steps[0]["policy/kl"] and steps[0]["policy/kl"] > 0.1
+    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.2
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_reward_model_learns_and_ppo_follows_it(seed, tmp_path):
-    run("reward_model", "--seed", seed, "--epochs", 0.5, "--eval-every", 0, "--output-dir", tmp_path / "rm")
-    before, after = metrics(tmp_path / "rm")[0], metrics(tmp_path / "rm")[-1]
+    short = ["--seed", seed, "--steps", 30, "--batch-size", 16, "--warmup-steps", 5, "--learning-rate", 2e-3]
+    before, after, _ = trained("reward_model", tmp_path / "rm", *short)
     # 192 pairs: chance stays below 0.58 in 99 of 100. The few right sums that were answered at once are beyond it.
     assert before["eval/accuracy"] < 0.6 and after["eval/accuracy"] >= 0.8
-    flags = ["--reward-model", tmp_path / "rm" / "model", "--seed", seed, *FEWER_ROWS]
-    run("ppo", *flags, "--steps", 5, "--warmup-steps", 1, "--output-dir", tmp_path / "ppo")
-    rows = metrics(tmp_path / "ppo")
-    before, after = rows[0], rows[-1]
+    short = ["--seed", seed, "--steps", 5, "--batch-size", 32, "--learning-rate", 1e-4]
+    before, after, steps = trained("ppo", tmp_path / "ppo", *short, "--reward-model", tmp_path / "rm" / "model")
     assert after["eval/reward"] > before["eval/reward"] + 1
     assert after["eval/accuracy"] > before["eval/accuracy"] + 0.2 and after["eval/accuracy_greedy"] >= 0.9
     assert 0.1 < after["eval/kl"] < ppo.EMBEDDED.kl_target and after["value/explained_variance"] > 0.5
-    assert max(row["policy/sampler_gap"] for row in rows[1:]) < 1e-6
+    assert max(row["policy/sampler_gap"] for row in steps) < 1e-6
 
 
 def test_base_to_sft_to_reward_model_to_ppo_and_dpo_to_grpo(tmp_path):
     """The roads through the files that each stage leaves."""
-    run("sft", "--steps", 3, "--eval-every", 0, "--eval-rows", 8, "--output-dir", tmp_path / "sft")
-
-    def small(script: str) -> list:  # what the embedded model needs where a model is named
-        changed = {name: value for name, value in asdict(MODULES[script].EMBEDDED).items()
-                   if value != getattr(MODULES[script].Args, name) and name not in ("model", "eval_every")}  # fmt: skip
-        return [part for name, value in changed.items() for part in ("--" + name.replace("_", "-"), value)]
-
-    start_ = ["--model", tmp_path / "sft" / "model"]
-    few = ["--eval-every", 0, "--eval-rows", 96]
-    run("reward_model", *small("reward_model"), *start_, *few, "--steps", 24, "--output-dir", tmp_path / "rm")
-    flags = ["--reward-model", tmp_path / "rm" / "model", "--steps", 4, "--warmup-steps", 1, "--eval-samples", 2]
-    run("ppo", *small("ppo"), *start_, *few, *flags, "--output-dir", tmp_path / "ppo")
-    rows = metrics(tmp_path / "ppo")
-    assert rows[-1]["eval/reward"] > rows[0]["eval/reward"] + 0.2
-    assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.1
-    few = [*few, "--eval-rows", 8, "--steps", 1, "--batch-size", 2]
-    run("dpo", *small("dpo"), "--model", tmp_path / "ppo" / "model", *few, "--output-dir", tmp_path / "dpo")
-    run("grpo", *small("grpo"), "--model", tmp_path / "dpo" / "model", *few, "--output-dir", tmp_path / "grpo")
-
-
-def test_distillation_pulls_a_student_towards_its_teacher(tmp_path):
-    """--reference names the teacher, the leash becomes the signal: the KL to it falls, and accuracy follows."""
-    run("sft", "--steps", 40, *FEWER_ROWS, "--output-dir", tmp_path / "teacher")
-    flags = ["--reference", tmp_path / "teacher" / "model", "--beta", 1, "--kl-estimator", "k2", "--reward-scale", 0]
-    run("grpo", *flags, "--steps", 14, *FEWER_ROWS, "--output-dir", tmp_path / "student")
-    rows = metrics(tmp_path / "student")
-    assert rows[-1]["policy/kl"] < 0.3 * rows[1]["policy/kl"] and rows[1]["policy/kl"] > 0.1
-    assert rows[-1]["eval/accuracy"] > rows[0]["eval/accuracy"] + 0.2
+    start = str(TINY)
+    for script in ("sft", "reward_model", "ppo", "dpo", "grpo"):
+        settings = {"reward_model": str(tmp_path / "reward_model" / "model")} if script == "ppo" else {}
+        settings |= {"learning_rate": 0.0} if script == "grpo" else {"warmup_steps": 0}
+        quick(script, tmp_path / script, model=start, **settings)
+        start = start if script == "reward_model" else str(tmp_path / script / "model")
+    same(weights(tmp_path / "grpo"), weights(tmp_path / "dpo"))
+    for script, before in {"ppo": "sft", "dpo": "ppo"}.items():
+        moved = weights(tmp_path / script)["model.norm.weight"] - weights(tmp_path / before)["model.norm.weight"]
+        assert 0 < moved.abs().max() < 1e-2
 
 
 # ---------------------------------------------------------------------------------------------- invariants
 
 
-@pytest.mark.parametrize("script", MODULES)
-def test_output_folder_is_complete(script, tmp_path):
-    run(*CASES[script][:1], *CASES[script][1], "--output-dir", tmp_path)
+def check_folder(script: str, folder: Path) -> None:
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "model/tokenizer.json"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert list((tmp_path / "tensorboard").iterdir()) and list((tmp_path / "checkpoints").glob("step-*"))
-    sample = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+        assert (folder / name).stat().st_size > 0
+    assert list((folder / "tensorboard").iterdir())
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     assert {"step", "prompt", "completion", "reward"} <= set(sample)
     if script != "reward_model":
-        assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [0]
+        assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"] == [0]
     glossary = (ROOT / "tests" / "results" / "README.md").read_text().partition("## Every metric")[2]
-    known = {re.sub(r"@\d+", "@k", name) for row in metrics(tmp_path) for name in row if name != "step"}
+    known = {re.sub(r"@\d+", "@k", name) for row in metrics(folder) for name in row if name != "step"}
     assert known <= set(re.findall(r"`([a-z]+/[a-z_@]+)`", glossary))
-    told = fails(script, *CASES[script][1], "--output-dir", tmp_path)
-    assert "already holds a run" in told
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MAIN | SUMMING)
 def test_grpo_detail_7_sft_detail_4_dapo_detail_11_dpo_detail_4_ppo_detail_11_reward_model_detail_4_rlvr_math_detail_7(
     case, tmp_path
 ):
     """Microbatches and processes change the order of sums alone, and a checkpoint of two processes goes on in one."""
-    script, flags = CASES[case]
+    script, flags = (MAIN | SUMMING)[case]
     # After two steps of at most 1e-5: Adam divides tiny differences by tiny gradients, hence a tenth of that way.
     steps = [*flags, "--steps", 2, "--warmup-steps", 1, "--learning-rate", "1e-5"]
-    run(script, *steps, "--output-dir", tmp_path / "one")
-    run(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
-    run(script, *steps, "--output-dir", tmp_path / "two", **({"torchrun": 2} if case == "sft" else {"processes": 2}))
-    for other in ("small", "two") if "--neftune-alpha" not in flags else ():  # whose noise is drawn for each microbatch
+    flagged(script, *steps, "--output-dir", tmp_path / "one")
+    flagged(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
+    run(script, *steps, "--output-dir", tmp_path / "two", processes=2)
+    for other in ("small", "two"):
         same(weights(tmp_path / "one"), weights(tmp_path / other), 2e-6)
         for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
             is_tied = abs(a.get("preference/margin", 1)) < 1e-6  # policy is reference: rounding decides who is right
             for name in [name for name in a if not (is_tied and name == "preference/accuracy")]:
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=5e-6), name
-    if case in MODULES:
+    if case in ("sft", "ppo", "grpo_lora"):  # one model, two models, a part of one
         run(script, "--resume", tmp_path / "two", "--steps", 3)
         run(script, "--resume", tmp_path / "one", "--steps", 3, processes=2)
         assert metrics(tmp_path / "two")[-1]["step"] == metrics(tmp_path / "one")[-1]["step"] == 3
         same(weights(tmp_path / "one"), weights(tmp_path / "two"), 4e-6)
 
 
-MOMENTS = [("evaluation token", 3), ("training forward", 2), ("log file", 3), ("checkpoint file", 4), ("model file", 2)]
+MOMENTS = ["evaluation token#3", "log file#3", "training forward#2", "checkpoint file#9", "model file#2"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MAIN | KEEPING)
 def test_sft_detail_7_grpo_detail_8_dapo_detail_15_dpo_detail_10_ppo_detail_14_reward_model_detail_9_kill_9(
     case, tmp_path
 ):
     """Killed in every part of a step, first before any checkpoint, a run ends bit for bit as one left alone."""
-    script, flags = CASES[case]
-    flags = [*flags, "--eval-every", 2, "--save-every", 1, "--eval-rows", 4]
+    script, flags = (MAIN | KEEPING)[case]
     whole, killed = tmp_path / "run_to_kill_not", tmp_path / "run_to_kill"
-    run(script, *flags, "--output-dir", whole)
+    flagged(script, *flags, "--output-dir", whole)
+    check_folder(script, whole)
+    with pytest.raises(SystemExit, match="already holds a run"):
+        flagged(script, *flags, "--output-dir", whole)
     command = [*flags, "--output-dir", killed]
-    moments = MOMENTS[script == "reward_model" :]  # it samples nothing
-    for label, number in moments if case in MODULES else MOMENTS[3:4]:
-        status, told = start(script, *command, environment={"DIE_AT": f"{label}#{number}"}).finish(120)
-        assert status == -signal.SIGKILL, f"{label} {number}: {told[-2000:]}"
+    for moment in MOMENTS if case == "grpo" else MOMENTS[2:4] if case in MAIN else MOMENTS[3:4]:
+        status, told = finished(script, command, environment={"DIE_AT": moment})
+        assert status == -signal.SIGKILL, f"{moment}: {told[-2000:]}"
         command = ["--resume", killed]
     run(script, *command)
     same(weights(whole), weights(killed))
     assert timeless(whole) == timeless(killed)
-    assert (whole / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
-    for path in (whole / "model").rglob("*"):
-        assert path.is_dir() or path.read_bytes() == (killed / path.relative_to(whole)).read_bytes(), path.name
+    for path in [*whole.glob("*.jsonl"), *(whole / "model").rglob("*.*")]:
+        if path.name != "metrics.jsonl":
+            assert path.read_bytes() == (killed / path.relative_to(whole)).read_bytes(), path.name
     kept = sorted(path.name for path in (killed / "checkpoints").glob("step-??????"))
-    assert kept == ["step-000003", "step-000004"]
-    if "--save-verified" in flags:
-        assert 0 < (whole / "verified.jsonl").stat().st_size
-        assert (whole / "verified.jsonl").read_text() == (killed / "verified.jsonl").read_text()
+    assert kept == ["step-000002", "step-000003"]
+    assert (whole / "verified.jsonl").exists() == ("--save-verified" in flags)
 
 
 @pytest.mark.parametrize("script", MODULES)
 def test_gradient_checkpointing_and_bfloat16(script, tmp_path):
-    steps = [*CASES[script][1], "--steps", 1, "--warmup-steps", 1, "--learning-rate", "1e-5"]
+    steps = [*MAIN[script][1], "--steps", 1, "--warmup-steps", 1, "--learning-rate", "1e-5"]
     kinds = {"plain": [], "checkpointed": ["--gradient-checkpointing"], "bf16": ["--dtype", "bfloat16"]}
-    for name, flags in kinds.items():
-        run(script, *steps, *flags, "--output-dir", tmp_path / name)
-    run(script, *steps, *kinds["bf16"], "--output-dir", tmp_path / "two", processes=2)
-    rows = {name: metrics(tmp_path / name)[-1] for name in (*kinds, "two")}
+    rows = {name: flagged(script, *steps, *flags, "--output-dir", tmp_path / name) for name, flags in kinds.items()}
     norm = {name: row["optim/grad_norm"] for name, row in rows.items()}
     assert norm["checkpointed"] == pytest.approx(norm["plain"], rel=1e-4)
     same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"), 1e-7)  # after a step of 1e-5
     assert norm["bf16"] == pytest.approx(norm["plain"], rel=0.02)
-    assert norm["two"] == pytest.approx(norm["bf16"], rel=5e-3)
     assert rows["bf16"].get("policy/sampler_gap", 0) < 2e-3  # logits that are bfloat16 themselves would give twice that
     assert weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
     assert json.loads((tmp_path / "bf16" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    if script in ("sft", "grpo"):  # weights that are sharded, and a sampler that copies them
+        run(script, *steps, *kinds["bf16"], "--output-dir", tmp_path / "two", processes=2)
+        assert metrics(tmp_path / "two")[-1]["optim/grad_norm"] == pytest.approx(norm["bf16"], rel=5e-3)
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
@@ -371,25 +368,21 @@ def test_a_model_with_a_part_that_no_text_passes_through_resumes(tmp_path, model
     optimizer.zero_grad()
     run_ = grpo.Run(replace(grpo.EMBEDDED, output_dir=str(tmp_path)), 0, {})
     run_.save(3, model, optimizer)
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    optimizer = torch.optim.AdamW(model.parameters())
-    assert run_.load(model, optimizer) == 3
-    same(saved, model.state_dict())
-    moments = optimizer.state[model.model.norm.weight]
-    assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
+    other, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters())
+    torch.nn.init.zeros_(model.vision_tower.weight)
+    assert run_.load(model, optimizer) == 3 and optimizer.state[model.model.norm.weight]["exp_avg"].abs().sum() > 0
+    same(other.state_dict(), model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------- grpo.py, rlvr_math.py
 
 
-KINDS = {"grpo": {"surrogate": "gspo"}, "rlvr_math": {"algorithm": "rloo", "beta": 1}}
 LOSSES = {"grpo": ("policy_loss", "aggregate"), "rlvr_math": ("token_losses", "mean_loss")}
 
 
-@pytest.mark.parametrize("script,kind", KINDS.items())
+@pytest.mark.parametrize(
+    "script,kind", [("grpo", {"surrogate": "gspo"}), ("rlvr_math", {"algorithm": "rloo", "beta": 1})]
+)
 def test_grpo_detail_5_ratios_are_1_before_the_first_update_in_bfloat16(script, kind, tmp_path, monkeypatch):
     """At GSPO's bounds of 3e-4 the least rounding between π_old and π would clip; the sampler's own numbers would."""
     ratios, real = [], getattr(MODULES[script], LOSSES[script][0])
@@ -427,15 +420,16 @@ def test_grpo_detail_2_rlvr_math_detail_2_what_is_trained_are_the_samplers_own_i
 
 
 @pytest.mark.parametrize("script", ["grpo", "rlvr_math"])
-def test_the_importance_weight_makes_up_for_the_sampler(script, tmp_path, monkeypatch):
+def test_the_importance_weight_makes_up_for_the_sampler_and_beta_0_loads_no_reference(script, tmp_path, monkeypatch):
     """Truncated at the cap, π_old/μ multiplies the loss of every token, and nothing else of it."""
     seen, real = [], getattr(MODULES[script], LOSSES[script][1])
     noting = lambda losses, *more: seen.append(losses.detach()) or real(losses, *more)  # noqa: E731
     monkeypatch.setattr(MODULES[script], LOSSES[script][1], noting)
+    monkeypatch.delattr(MODULES[script], "frozen")
     found = {}
     for cap in (0.0, 2.0, 0.5):
         seen.clear()
-        quick(script, tmp_path / str(cap), importance_cap=cap, beta=0.0, batch_size=8, num_samples=4, dtype="bfloat16")
+        quick(script, tmp_path / str(cap), importance_cap=cap, beta=0.0, batch_size=4, num_samples=4, dtype="bfloat16")
         found[cap] = seen[0]
     assert 0 < (found[2.0] - found[0.0]).abs().max() < 0.1
     torch.testing.assert_close(found[0.5], 0.5 * found[0.0])
@@ -448,34 +442,12 @@ def test_grpo_detail_3_rlvr_math_detail_2_temperature_divides_logits_in_every_fo
     assert row["policy/kl"] == 0  # the reference's: at step 1 it is the policy
 
 
-@pytest.mark.parametrize("script", ["grpo", "rlvr_math"])
-def test_beta_0_loads_no_reference(script, tmp_path, monkeypatch):
-    loaded, load = [], grpo.frozen
-    monkeypatch.setattr(MODULES[script], "frozen", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    for beta in (0.0, 0.1):
-        assert ("policy/kl" in quick(script, tmp_path / str(beta), beta=beta)) == bool(loaded) == (beta > 0)
-
-
 def test_rlvr_math_detail_3_a_completion_that_was_cut_earns_no_answer_reward():
-    row = {"answer": ["4"]}
-    assert grpo.reward("<answer>4</answer>", row, True) == 1 and grpo.reward("<answer>4</answer>", row, False) == 0
-    assert dapo.reward("<answer>4</answer>", row) == 1 and dapo.reward("5", row) == -1
-    right = rlvr_math.grade("\\boxed{4}", "4")
-    assert rlvr_math.reward(right, True) == 1 and rlvr_math.reward(right, False) == 0
-    assert (
-        rlvr_math.reward(right._replace(correct=None), True)
-        == rlvr_math.reward(right._replace(correct=False), True)
-        == 0
-    )
-
-
-@pytest.mark.parametrize("changes", [
-    {"advantage": "dr_grpo", "aggregation": "constant", "beta": 0.0},
-    {"surrogate": "cispo", "aggregation": "token", "update_epochs": 2},
-    {"surrogate": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "kl_estimator": "k2", "minibatches": 2},
-])  # fmt: skip
-def test_grpo_variants_run(changes, tmp_path):
-    assert quick("grpo", tmp_path, **changes, batch_size=8, num_samples=4)["optim/grad_norm"] > 0
+    row, right = {"answer": ["4"]}, rlvr_math.grade("\\boxed{4}", "4")
+    assert [grpo.reward("<answer>4</answer>", row, stopped) for stopped in (True, False)] == [1, 0]
+    assert [dapo.reward(text, row) for text in ("<answer>4</answer>", "5")] == [1, -1]
+    given = [(right, True), (right, False), (right._replace(correct=None), True), (right._replace(correct=False), True)]
+    assert [rlvr_math.reward(*one) for one in given] == [1, 0, 0, 0]
 
 
 def test_grpo_with_a_reward_model(tmp_path, tokenizer):
@@ -485,18 +457,11 @@ def test_grpo_with_a_reward_model(tmp_path, tokenizer):
     for name in ("rm", "rm/member_1"):
         Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / "rm")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "1+1=?"}\n{"prompt": [{"role": "user", "content": "2+2=?"}]}\n')  # no answers needed
-    flags = {"reward_model": str(tmp_path / "rm"), "dataset": str(prompts), "eval_dataset": str(prompts)}
+    chat = [{"role": "user", "content": "2+2=?"}]
+    prompts = jsonl(tmp_path / "prompts.jsonl", {"prompt": "1+1=?"}, {"prompt": chat})  # no answers needed
+    flags = {"reward_model": str(tmp_path / "rm"), "dataset": prompts, "eval_dataset": prompts}
     row = quick("grpo", tmp_path / "run", **flags)
     assert row["reward/mean"] not in (0, 1) and "eval/accuracy" not in row
-    score = grpo.RewardModel(str(tmp_path / "rm"), torch.device("cpu"), False, 64)
-    one = score({"prompt": "1+1=?"}, ["<answer>2</answer>", "5"])
-    torch.testing.assert_close(score({"prompt": "1+1=?"}, ["5"]), one[1:])  # packed with others or alone
-    config.num_labels = 3
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm3")
-    with pytest.raises(SystemExit, match="one label"):
-        quick("grpo", tmp_path / "run3", reward_model=str(tmp_path / "rm3"))
 
 
 def test_grpo_with_a_judge(tmp_path, monkeypatch):
@@ -522,11 +487,6 @@ def test_grpo_with_a_judge(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- dapo.py
 
 
-def test_dapo_detail_14_metrics_are_of_all_that_was_generated(tmp_path):
-    run("dapo", *CASES["dapo"][1], "--output-dir", tmp_path)
-    assert all(r["groups/all_correct"] + r["groups/all_wrong"] > 0 for r in metrics(tmp_path)[1:])
-
-
 def test_dapo_detail_12_cut_completions_leave_the_loss_but_not_the_baseline(tmp_path, monkeypatch):
     losses, real, seen, advantages = [], dapo.aggregate, [], dapo.group_advantages
     monkeypatch.setattr(dapo, "aggregate", lambda *a: losses.append(a[1:]) or real(*a))
@@ -546,12 +506,10 @@ def test_dapo_detail_12_cut_completions_leave_the_loss_but_not_the_baseline(tmp_
     assert seen[1].flatten()[cut].abs().sum() > 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_dapo_detail_10_a_batch_that_cannot_be_filled_ends_the_run_with_a_sentence_and_its_model(processes, tmp_path):
-    hard = tmp_path / "hard.jsonl"
-    hard.write_text('{"prompt": "1+1=?", "answer": "none of these"}\n' * 30)
+def test_dapo_detail_10_a_batch_that_cannot_be_filled_ends_the_run_with_a_sentence_and_its_model(tmp_path):
+    hard = jsonl(tmp_path / "hard.jsonl", *[{"prompt": "1+1=?", "answer": "none of these"}] * 30)
     flags = ["--max-rounds", 1, "--dataset", hard, "--eval-dataset", TINY / "maths_test.jsonl"]
-    told = run("dapo", *CASES["dapo"][1], *flags, "--output-dir", tmp_path / "run", processes=processes)
+    told = run("dapo", *MAIN["dapo"][1], *flags, "--output-dir", tmp_path / "run", processes=2)
     assert told.count("1 rounds of 6 prompts gave 0 groups with right and wrong answers") == 1
     last = metrics(tmp_path / "run")[-1]
     assert last["groups/all_wrong"] == 1 and "eval/accuracy" in last and (tmp_path / "run" / "model").exists()
@@ -565,18 +523,15 @@ def test_dapo_detail_10_groups_are_kept_by_accuracy_not_by_reward(tmp_path, monk
 
 
 def test_all_five_changes_off_is_plain_grpo(tmp_path):
-    off = ["--clip-high", 0.2, "--no-dynamic-sampling", "--aggregation", "sequence", "--overlong-cache", 0]
-    run("dapo", *CASES["dapo"][1], *off, "--output-dir", tmp_path)
-    rows = metrics(tmp_path)[1:]
-    assert [r["prompts/generated"] for r in rows] == [r["prompts/trained"] for r in rows] == [4, 8, 12, 16]
-    assert all(r["reward/overlong"] == 0 for r in rows)
+    off = {"clip_high": 0.2, "dynamic_sampling": False, "aggregation": "sequence", "overlong_cache": 0}
+    row = quick("dapo", tmp_path, steps=2, batch_size=4, **off)
+    assert row["prompts/generated"] == row["prompts/trained"] == 8 and row["reward/overlong"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("script,changes,sentence", [
-    ("sft", {"dataset": ("none.jsonl",)}, "no such file"),
     ("grpo", {"dataset": "none.jsonl"}, "no such file"),
     ("grpo", {"dataset": "no/such-data"}, "Hub data set that can be reached"),
     ("grpo", {"model": "no/such-model"}, "no/such-model"),
@@ -588,16 +543,11 @@ def test_all_five_changes_off_is_plain_grpo(tmp_path):
     ("grpo", {"judge": str(TINY), "rubric": "none.txt"}, "--rubric none.txt: no file with lines"),
     ("grpo", {"max_completion_tokens": 600}, "whole context"),
     ("grpo", {"dataset": str(TINY / "corpus.jsonl")}, "columns prompt or question or problem; found text, title"),
-    ("dapo", {"max_prompt_tokens": 3}, "--max-prompt-tokens"),
     ("dapo", {"overlong_cache": 64}, "must be below --max-completion-tokens"),
     ("sft", {"chat_template": "none.jinja"}, "no such file"),
     ("sft", {"revise": "none.txt"}, "--revise none.txt: no file of principles"),
     ("sft", {"revise": "none.txt", "self_instruct": 3}, "take one"),
-    ("rlvr_math", {"num_samples": 1}, "siblings"),
-    ("rlvr_math", {"batch_size": 4, "minibatches": 3}, "a multiple of minibatches"),
     ("rlvr_math", {"max_think_tokens": 24}, "--max-think-tokens: below"),
-    ("rlvr_math", {"max_completion_tokens": 600}, "whole context"),
-    ("rlvr_math", {"dataset": str(TINY / "corpus.jsonl")}, "columns prompt or question or problem; found text, title"),
     ("rlvr_math", {"reranker": str(TINY)}, "needs a sequence classifier with one label"),
 ])  # fmt: skip
 def test_what_a_user_names_wrongly_is_told_in_a_sentence(script, changes, sentence, tmp_path):
@@ -606,13 +556,13 @@ def test_what_a_user_names_wrongly_is_told_in_a_sentence(script, changes, senten
     assert sentence in str(ended.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("script", MODULES)
+@pytest.mark.parametrize("script", ["sft", "ppo", "grpo"])
 def test_weights_that_are_no_numbers_stop_the_run(script, tmp_path, model, tokenizer):
-    with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    changes = {"dapo": {"dynamic_sampling": False}, "ppo": {"reward_model": None}, "rlvr_math": {"beta": 0.1}}
     with pytest.raises(SystemExit, match="diverged"):
-        quick(script, tmp_path / "run", model=str(tmp_path / "model"), **changes.get(script, {}))
+        quick(
+            script, tmp_path / "run", model=str(tmp_path / "model"), **{"reward_model": None} if script == "ppo" else {}
+        )
     assert not (tmp_path / "run" / "checkpoints").exists() and not Path(tmp_path / "run" / "model").exists()
