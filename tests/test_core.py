@@ -37,7 +37,7 @@ FEW = {name: ["--dataset", first_rows(f"{name}_train.jsonl", 64), "--eval-datase
        for name in ("demonstrations", "maths", "preferences", "steps", "tools")}  # fmt: skip
 BRIEF = ["--steps", 3, "--eval-every", 0, "--eval-rows", 4, "--save-every", 1, "--batch-size", 4]
 SAMPLED = [*BRIEF, *FEW["maths"], "--num-samples", 4, "--max-completion-tokens", 24, "--eval-samples", 1]
-PAIRED = [*BRIEF, *FEW["preferences"]]
+PAIRED = [*BRIEF, *FEW["preferences"], "--batch-size", 8]
 ACTED = [*BRIEF, *FEW["tools"], "--num-samples", 4, "--max-completion-tokens", 48, "--eval-samples", 1]
 MAIN = {
     "sft": ("sft", [*BRIEF, *FEW["demonstrations"], "--eval-samples", 1]),

@@ -253,6 +253,15 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tokenizer, tmp_path, c
         load_rows(jsonl(tmp_path / "empty.jsonl"))
 
 
+def test_gold_answers_that_say_nothing_are_left_out_unless_the_solution_states_one(tokenizer, tmp_path, capsys):
+    rows = [{"question": "1+1=?", "answer": answer, "solution": "clear"} for answer in ("", "proof", "#### ", [])]
+    rows += [{"problem": "1+1=?", "answer": "notfound", "solution": "so \\boxed{2}"}] * 2
+    data = jsonl(tmp_path / "d.jsonl", *rows)
+    questions = encode_questions(tokenizer, load_rows(data), "d", 99)
+    assert [question["row"]["answer"] for question in questions] == [["so \\boxed{2}"]] * 2
+    assert "4 of 6 rows dropped" in capsys.readouterr().out
+
+
 def test_rows_that_the_chat_template_refuses_are_dropped_and_the_run_goes_on(tmp_path, capsys):
     shutil.copytree(TINY, tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+from dataclasses import fields, replace
 from functools import partial
 from itertools import groupby
 
 import pytest
 import torch
 from conftest import jsonl, metrics, run
+from test_core import MODULES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import agentic
@@ -30,17 +32,34 @@ def test_grpo_raises_the_reward_on_sums_and_the_model_answers_through_generate(t
     rng = random.Random(0)
     pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(400)]
     data = jsonl(tmp_path / "sums.jsonl", *[{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs])
-    run("grpo", "--model", MODEL, "--dataset", data, "--steps", 12, "--batch-size", 8, "--num-samples", 8,
-        "--max-completion-tokens", 16, "--learning-rate", "4e-5", "--eval-every", 0, "--eval-rows", 4, "--beta", "0",
-        "--eval-samples", 1, "--dtype", "bfloat16", "--warmup-steps", 2, "--output-dir", tmp_path / "run")  # fmt: skip
+    run("grpo", "--model", MODEL, "--dataset", data, "--steps", 18, "--batch-size", 8, "--num-samples", 8,
+        "--max-completion-tokens", 16, "--learning-rate", "3e-5", "--eval-every", 0, "--eval-rows", 4, "--beta", "0",
+        "--eval-samples", 1, "--dtype", "bfloat16", "--warmup-steps", 5, "--output-dir", tmp_path / "run")  # fmt: skip
     rewards = [r["reward/mean"] for r in metrics(tmp_path / "run")[1:]]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.15, rewards
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
     folder = tmp_path / "run" / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat, how = [{"role": "user", "content": "What is 12 + 30?"}], {"return_tensors": "pt", "return_dict": True}
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, **how)
     ids = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert any(c.isdigit() for c in tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "ppo", "dapo", "rlvr_math"])
+def test_two_steps_of_the_other_scripts(script, tmp_path):
+    answers = [{"answer": str(n + 5), "chosen": f"It is {n + 5}.", "rejected": "Work it out."} for n in range(9)]
+    data = jsonl(tmp_path / "rows.jsonl", *[{"prompt": f"{n} + 5?", **row} for n, row in enumerate(answers)])
+    wanted = {"model": MODEL, "dataset": (data,) if script == "sft" else data, "eval_dataset": data, "steps": 2,
+              "batch_size": 4, "num_samples": 2, "minibatches": 2, "max_completion_tokens": 16, "learning_rate": 1e-5,
+              "eval_rows": 2, "eval_samples": 1, "eval_every": 9, "dynamic_sampling": False, "overlong_cache": 4,
+              "output_dir": str(tmp_path / "run")}  # fmt: skip
+    known = {field.name for field in fields(MODULES[script].Args)}
+    args = MODULES[script].Args(**{name: value for name, value in wanted.items() if name in known})
+    args = replace(args, reward_model=None, update_epochs=1) if script == "ppo" else args
+    MODULES[script].main(args)
+    before, *steps = metrics(tmp_path / "run")
+    assert all(row["optim/grad_norm"] < 1e4 and row.get("policy/sampler_gap", 0) < 1e-4 for row in steps)
+    assert steps[1]["eval/loss"] < before["eval/loss"] if "eval/loss" in before else "eval/accuracy" in before
 
 
 def test_samples_score_as_sampled(loaded):
