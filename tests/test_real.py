@@ -30,11 +30,11 @@ def test_grpo_raises_the_reward_on_sums_and_the_model_answers_through_generate(t
     rng = random.Random(0)
     pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(400)]
     data = jsonl(tmp_path / "sums.jsonl", *[{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs])
-    run("grpo", "--model", MODEL, "--dataset", data, "--steps", 12, "--batch-size", 8, "--num-samples", 8,
-        "--max-completion-tokens", 16, "--learning-rate", "4e-5", "--eval-every", 0, "--eval-rows", 4, "--beta", "0",
-        "--eval-samples", 1, "--dtype", "bfloat16", "--warmup-steps", 2, "--output-dir", tmp_path / "run")  # fmt: skip
+    run("grpo", "--model", MODEL, "--dataset", data, "--steps", 18, "--batch-size", 8, "--num-samples", 8,
+        "--max-completion-tokens", 16, "--learning-rate", "3e-5", "--eval-every", 0, "--eval-rows", 4, "--beta", "0",
+        "--eval-samples", 1, "--dtype", "bfloat16", "--warmup-steps", 5, "--output-dir", tmp_path / "run")  # fmt: skip
     rewards = [r["reward/mean"] for r in metrics(tmp_path / "run")[1:]]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.15, rewards
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
     folder = tmp_path / "run" / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat, how = [{"role": "user", "content": "What is 12 + 30?"}], {"return_tensors": "pt", "return_dict": True}
