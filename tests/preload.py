@@ -1,10 +1,10 @@
-"""What the server of conftest.py holds ready for every run it forks: imports, and caches that the first use fills."""
+"""What the server of conftest.py holds ready for every run it forks: imports, and a cache that the first use fills."""
 
 import gc
-import io
 
 import datasets  # noqa: F401
 import math_verify  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
@@ -12,11 +12,7 @@ import transformers.integrations.sdpa_attention  # noqa: F401
 import transformers.models.auto.modeling_auto  # noqa: F401
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 import tyro  # noqa: F401
-from matplotlib.figure import Figure
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 get_checkpoint_conversion_mapping("qwen3")
-figure = Figure()
-figure.subplots().set(title="fonts", xlabel="x")
-figure.savefig(io.BytesIO())
 gc.freeze()  # a collection in a fork would touch, and so copy, the pages of all that was imported
