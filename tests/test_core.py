@@ -289,11 +289,11 @@ def test_grpo_detail_7_sft_detail_4_dapo_detail_11_dpo_detail_4_ppo_detail_11_re
     flagged(script, *steps, "--microbatch-tokens", 60, "--output-dir", tmp_path / "small")
     run(script, *steps, "--output-dir", tmp_path / "two", processes=2)
     for other in ("small", "two"):
-        same(weights(tmp_path / "one"), weights(tmp_path / other), 2e-6)
+        same(weights(tmp_path / "one"), weights(tmp_path / other), 3e-6)
         for a, b in zip(timeless(tmp_path / "one"), timeless(tmp_path / other), strict=True):
             is_tied = abs(a.get("preference/margin", 1)) < 1e-6  # policy is reference: rounding decides who is right
             for name in [name for name in a if not (is_tied and name == "preference/accuracy")]:
-                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=5e-6), name
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name  # float32 rounds 40 nats to 4e-6
     if case in ("sft", "ppo", "grpo_lora"):  # one model, two models, a part of one
         run(script, "--resume", tmp_path / "two", "--steps", 3)
         run(script, "--resume", tmp_path / "one", "--steps", 3, processes=2)
