@@ -142,6 +142,7 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer, sharing):
     (alone,) = Sampler(model, stops).generate(some_prompts(tokenizer)[1:2], 40, 4, seed=3, indices=[1])
     assert [(c.ids, c.stopped) for c in alone] == whole[1]
     assert drawn(Sampler(model, stops), tokenizer, 40, 4, 1.0, seed=8) != whole
+    assert all(first != other for first, *others in whole for other in others)  # siblings differ
 
 
 CALLS = [(24, 4, 1.0), (40, 4, 1.0), (175, 1, 1.0), (24, 4, 1.0), (24, 2, 0.0)]  # budget, samples, temperature
